@@ -1,0 +1,119 @@
+"""Input checks shared by all ops. Each raises one error naming the argument, what was received and what is allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHECK_VALUES_EVERYWHERE = os.environ.get("MEMATTN_CHECK", "0") not in ("0", "")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(**tensors: Tensor | None) -> str:
+    """One line naming each given tensor's dtype, shape and device."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    return ", ".join(f"{n} {dtype_name(x.dtype)} {list(x.shape)} on {x.device}" for n, x in given.items())
+
+
+def tensor(op: str, name: str, x: object) -> None:
+    """`x` is a torch.Tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is {type(x).__name__}; expected a torch.Tensor")
+
+
+def rank(op: str, name: str, x: Tensor, layout: str) -> None:
+    """`x` has the rank of `layout`, e.g. "[B, T, H, K]"."""
+    tensor(op, name, x)
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)} of rank {x.dim()}; expected {layout}")
+
+
+def shape(op: str, name: str, x: Tensor, layout: str, expected: Sequence[int]) -> None:
+    """`x` has exactly the shape `expected`, described by `layout`."""
+    tensor(op, name, x)
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected {layout} = {list(expected)}")
+
+
+def dtype(op: str, name: str, x: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
+    """`x.dtype` is one of `allowed`."""
+    if x.dtype not in allowed:
+        names = " or ".join(dict.fromkeys(dtype_name(d) for d in allowed))
+        raise TypeError(f"{op}: {name} is {dtype_name(x.dtype)}; expected {names}{why}")
+
+
+def device(op: str, name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    """`x` lives where `like` lives."""
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}; expected {like.device} like {like_name}")
+
+
+def head_dim(op: str, name: str, size: int) -> None:
+    """16 ≤ size ≤ 256."""
+    if not 16 <= size <= 256:
+        raise ValueError(f"{op}: head dimension {name} is {size}; allowed: 16..256")
+
+
+def values_checked(x: Tensor) -> bool:
+    """Whether values may be looked at: eager CPU calls, or anywhere eager with MEMATTN_CHECK=1."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
+        return False
+    return x.device.type == "cpu" or _CHECK_VALUES_EVERYWHERE
+
+
+def log_gate(op: str, name: str, g: Tensor) -> None:
+    """A natural-log decay is at most 0 (NaN passes and propagates)."""
+    if values_checked(g) and g.numel() and bool((g > 0).any()):
+        raise ValueError(f"{op}: {name} has a value of {g.max().item():.6g}; a natural-log decay must be ≤ 0")
+
+
+def cu_seqlens(op: str, x: Tensor, q: Tensor) -> None:
+    """Packed sequence bounds: [N+1] int32/int64, 0 = x[0] ≤ x[1] ≤ … ≤ x[N] = T, with B = 1."""
+    rank(op, "cu_seqlens", x, "[N+1]")
+    dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
+    device(op, "cu_seqlens", x, q, "q")
+    if x.shape[0] < 2:
+        raise ValueError(f"{op}: cu_seqlens has {x.shape[0]} entries; expected N+1 ≥ 2")
+    if q.shape[0] != 1:
+        raise ValueError(f"{op}: batch size is {q.shape[0]} with cu_seqlens; packed sequences need batch size 1")
+    if values_checked(x):
+        bounds = x.tolist()
+        if bounds[0] != 0 or bounds[-1] != q.shape[1]:
+            raise ValueError(
+                f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {q.shape[1]}"
+            )
+        for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if b < a:
+                raise ValueError(f"{op}: cu_seqlens falls from {a} to {b} at entry {n + 1}; it must not decrease")
+
+
+def state_indices(op: str, x: Tensor, batch: int, pool: int, q: Tensor) -> None:
+    """One row of the state pool per batch row, −1 for padding: [B] int32/int64 with values −1..P−1."""
+    shape(op, "state_indices", x, "[B]", (batch,))
+    dtype(op, "state_indices", x, (torch.int32, torch.int64))
+    device(op, "state_indices", x, q, "q")
+    if values_checked(x) and x.numel():
+        low, high = x.aminmax()
+        if int(low) < -1 or int(high) >= pool:
+            raise ValueError(
+                f"{op}: state_indices holds {int(low)}..{int(high)}; allowed: -1 (padding) to {pool - 1} for a pool of {pool}"
+            )
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence) -> None:
+    """`value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each tensor in contiguous layout, as the kernels need it."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
