@@ -16,19 +16,17 @@
 #include <limits>
 #include <optional>
 
+#include "../common/checks.h"
 #include "gated_delta_rule_step.cuh"
 
 namespace memattn::step {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr const char* kOp = "gated_delta_rule_step_cuda";
-constexpr int kMaxKeyDim = 256;
+constexpr int64_t kMaxKeyDim = 256, kMaxValueDim = 65536, kMaxInt = std::numeric_limits<int32_t>::max();
 
 struct Sizes {
-  int64_t batch, tokens, heads, value_heads, key_dim, value_dim, pool;
+  int64_t batch, tokens, heads, value_heads, key_dim, value_dim, pool, blocks;
 };
 
 template <typename T>
@@ -73,64 +71,45 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<
   a.scale = scale;
   a.l2norm = l2norm;
 
-  const int64_t blocks = n.batch * n.value_heads * a.column_blocks;
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), kOp, ": B * HV * ceil(V / 32) must be at most 2^31 - 1, got ",
-                  blocks);
   if (n.key_dim <= 4 * kRowGroups) {
-    launch<T, 4>(a, blocks, stream);
+    launch<T, 4>(a, n.blocks, stream);
   } else if (n.key_dim <= 8 * kRowGroups) {
-    launch<T, 8>(a, blocks, stream);
+    launch<T, 8>(a, n.blocks, stream);
   } else {
-    launch<T, kMaxKeyDim / kRowGroups>(a, blocks, stream);
+    launch<T, kMaxKeyDim / kRowGroups>(a, n.blocks, stream);
   }
 }
 
-// What memory safety needs of one tensor: the device, contiguity and the exact sizes. Meaning is checked in Python.
-void check(const char* name, const Tensor& x, const Tensor& q, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), kOp, ": ", name, " is not on q's CUDA device");
-  STD_TORCH_CHECK(x.is_contiguous(), kOp, ": ", name, " is not contiguous");
-  bool same = x.dim() == static_cast<int64_t>(sizes.size());
-  int64_t d = 0;
-  for (const int64_t size : sizes) same = same && x.size(d++) == size;
-  STD_TORCH_CHECK(same, kOp, ": ", name, " has sizes that do not fit q, v and state");
-}
-
-void check_dtype(const char* name, const Tensor& x, ScalarType a, ScalarType b) {
-  STD_TORCH_CHECK(x.scalar_type() == a || x.scalar_type() == b, kOp, ": ", name, " has a dtype that is not supported");
-}
-
+// What memory safety needs; what a value means is checked in Python.
 Sizes check_all(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& g,
                 const std::optional<Tensor>& beta, const Tensor& state, const std::optional<Tensor>& indices) {
-  STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4 && v.dim() == 4 && state.dim() == 4, kOp,
-                  ": q, v and state must be 4-dimensional CUDA tensors");
-  const Sizes n{q.size(0), q.size(1), q.size(2), v.size(2), q.size(3), v.size(3), state.size(0)};
-  STD_TORCH_CHECK(n.heads > 0 && n.value_heads > 0 && n.value_heads % n.heads == 0, kOp,
-                  ": v's heads must be a positive multiple of q's, got ", n.value_heads, " and ", n.heads);
-  STD_TORCH_CHECK(n.key_dim > 0 && n.key_dim <= kMaxKeyDim && n.value_dim > 0, kOp, ": K must be in 1..", kMaxKeyDim, ", got ",
-                  n.key_dim);
-  STD_TORCH_CHECK(n.tokens <= std::numeric_limits<int32_t>::max() && n.value_dim <= std::numeric_limits<int32_t>::max() - kBlockColumns,
-                  kOp, ": t and V must fit in 31 bits");
+  constexpr auto kFloat = ScalarType::Float;
+  constexpr auto kCuda = Place::cuda;
+  constexpr auto kAny = kAnySize;
   const ScalarType dtype = q.scalar_type();
-  check("q", q, q, {n.batch, n.tokens, n.heads, n.key_dim});
-  check("k", k, q, {n.batch, n.tokens, n.heads, n.key_dim});
-  check("v", v, q, {n.batch, n.tokens, n.value_heads, n.value_dim});
-  check("state", state, q, {n.pool, n.value_heads, n.key_dim, n.value_dim});
-  check_dtype("k", k, dtype, dtype);
-  check_dtype("v", v, dtype, dtype);
-  check_dtype("state", state, ScalarType::Float, ScalarType::Float);
-  if (g) {
-    check("g", *g, q, {n.batch, n.tokens, n.value_heads});
-    check_dtype("g", *g, ScalarType::Float, ScalarType::Float);
+  check_tensor(kOp, "q", q, {kFloat, ScalarType::BFloat16, ScalarType::Half}, {kAny, kAny, kAny, kAny}, kCuda);
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), key_dim = q.size(3);
+  check_tensor(kOp, "k", k, {dtype}, {batch, tokens, heads, key_dim}, kCuda);
+  check_tensor(kOp, "v", v, {dtype}, {batch, tokens, kAny, kAny}, kCuda);
+  const int64_t value_heads = v.size(2), value_dim = v.size(3);
+  check_tensor(kOp, "g", g, {kFloat}, {batch, tokens, value_heads}, kCuda);
+  check_tensor(kOp, "beta", beta, {dtype, kFloat}, {batch, tokens, value_heads}, kCuda);
+  check_tensor(kOp, "state", state, {kFloat}, {kAny, value_heads, key_dim, value_dim}, kCuda);
+  check_tensor(kOp, "state_indices", indices, {ScalarType::Int, ScalarType::Long}, {batch}, kCuda);
+  for (const std::optional<Tensor>& x : {std::optional(k), std::optional(v), std::optional(state), g, beta, indices}) {
+    if (x && x->get_device_index() != q.get_device_index()) fail(kOp, "all tensors must be on one CUDA device");
   }
-  if (beta) {
-    check("beta", *beta, q, {n.batch, n.tokens, n.value_heads});
-    check_dtype("beta", *beta, dtype, ScalarType::Float);
+  if (heads < 1 || value_heads < 1 || value_heads % heads != 0) {
+    fail(kOp, "the heads of v must be a positive multiple of those of q; got ", value_heads, " and ", heads);
   }
-  if (indices) {
-    check("state_indices", *indices, q, {n.batch});
-    check_dtype("state_indices", *indices, ScalarType::Int, ScalarType::Long);
+  if (key_dim < 1 || key_dim > kMaxKeyDim || value_dim < 1 || value_dim > kMaxValueDim) {
+    fail(kOp, "K must be in 1..", kMaxKeyDim, " and V in 1..", kMaxValueDim, "; got ", key_dim, " and ", value_dim);
   }
-  return n;
+  const int64_t blocks = batch * value_heads * ((value_dim + kBlockColumns - 1) / kBlockColumns);
+  if (tokens > kMaxInt || blocks > kMaxInt) {
+    fail(kOp, "t and B * HV * ceil(V / ", kBlockColumns, ") must be below 2^31; got ", tokens, " and ", blocks);
+  }
+  return {batch, tokens, heads, value_heads, key_dim, value_dim, state.size(0), blocks};
 }
 
 Tensor gated_delta_rule_step_cuda(Tensor q, Tensor k, Tensor v, std::optional<Tensor> g, std::optional<Tensor> beta,
@@ -149,7 +128,7 @@ Tensor gated_delta_rule_step_cuda(Tensor q, Tensor k, Tensor v, std::optional<Te
     case ScalarType::Float: go(float{}); break;
     case ScalarType::BFloat16: go(c10::BFloat16{}); break;
     case ScalarType::Half: go(c10::Half{}); break;
-    default: STD_TORCH_CHECK(false, kOp, ": q must be float32, bfloat16 or float16");
+    default: fail(kOp, "q has dtype ", dtype_name(q.scalar_type()));
   }
   return o;
 }

@@ -6,9 +6,9 @@
 // taken over the old state in one pass and one block-wide reduction.
 //
 // Grid:   one block per (batch row, value head, block of kBlockColumns state columns); each is independent.
-// Block:  kThreads threads = kRowGroups x kColumnLanes. A thread keeps the rows {group + i * kRowGroups} of four adjacent
-//         columns in registers for all tokens, so the state moves through device memory once in and once out,
-//         in 16-byte accesses that cover whole 128-byte lines.
+// Block:  kThreads threads = kRowGroups x kColumnLanes. A thread keeps rows {group + i * kRowGroups} of four adjacent
+//         columns in registers for all tokens, so the state moves through device memory once in and once out, in
+//         16-byte accesses that cover whole 128-byte lines.
 // Shared: partial sums of the warps, double-buffered by token parity so that one barrier per token is enough.
 //
 // No torch API and no warp primitive beyond __shfl_xor_sync: tests compile this file with g++ and run it on the host.
@@ -49,15 +49,15 @@ struct Arguments {
 };
 
 // Where this block works. slot < 0: a padding row, its output is zero and the pool is left alone.
-struct Place {
+struct Position {
   int64_t row, slot;
   int value_head, column;  // column: this thread's first column
 };
 
 template <typename T>
-__device__ __forceinline__ Place place(const Arguments<T>& a, int64_t block, int column_lane) {
+__device__ __forceinline__ Position position(const Arguments<T>& a, int64_t block, int column_lane) {
   const int64_t head = block / a.column_blocks;
-  Place p;
+  Position p;
   p.row = head / a.value_heads;
   p.value_head = static_cast<int>(head % a.value_heads);
   p.column = static_cast<int>(block % a.column_blocks) * kBlockColumns + column_lane * kVector;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) gated_delta_rule_step_kernel(const A
   __shared__ float partial[2][kWarps][kColumnLanes][kSums];
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / kColumnLanes;
-  const Place p = place(a, blockIdx.x, thread % kColumnLanes);
+  const Position p = position(a, blockIdx.x, thread % kColumnLanes);
   const int key_head = p.value_head / (a.value_heads / a.heads);
   const int64_t first = p.row * a.tokens;  // the row's first token in the [B * t, ...] view
 
