@@ -1,0 +1,11 @@
+// memattn._host: host code without tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../common/cpu_features.h"
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Tensor-free host code of memattn.";
+  m.def("available_isas", &memattn::available_isas, "The instruction-set tables this processor can run, general first.");
+  m.def("selected_isa", &memattn::selected_isa, "The table the CPU kernels use: the last available, or MEMATTN_CPU_ISA.");
+}
