@@ -114,7 +114,7 @@ def choose(op: str, request: Request, backend: str | None = None, received: Call
         reasons = why_not(op, name, request, explicit=bool(wanted))
         if not reasons:
             if name == "chunked" and not wanted:
-                _warn_fallback(op, refused)
+                _warn_fallback(op, {n: r for n, r in refused.items() if request.device in table[n].devices})
             return name
         refused[name] = reasons
     lines = [f"{op}: no requested backend can serve this call", f"  received: {received()}"]

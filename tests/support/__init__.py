@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: cases, comparisons, metamorphic checks, the compile-only harness."""

@@ -1,0 +1,48 @@
+"""Planted bugs: `reference.chunked` with one wrong line each. The checks must catch every one of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from memattn.reference import gated_delta_rule as reference
+
+BUGS = {
+    "tail gate and beta filled with ones": ("(F.pad(x, (0, 0, 0, pad))", "(F.pad(x, (0, 0, 0, pad), value=1.0)"),
+    "tail gate and beta filled with −1": ("F.pad(x, (0, 0, 0, pad))", "F.pad(x, (0, 0, 0, pad), value=-1.0)"),
+    "strict instead of inclusive mask": ("attention = dot(q, k.mT) * decay", "attention = (dot(q, k.mT) * decay).tril(-1)"),
+    "one future token leaks": ("attention = dot(q, k.mT) * decay", "attention = dot(q, k.mT) * (decay + 0.1 * decay.mT.tril(1))"),
+    "erase skips the previous token": ("* decay).tril(-1)", "* decay).tril(-2)"),
+    "initial state ignored": ("state = _initial(q, v, initial_state, cu_seqlens)", "state = 0 * _initial(q, v, initial_state, cu_seqlens)"),
+    "final state never written": ("return o, state", "return o, state_in"),
+    "state of the first sequence for all": ("state = _initial(q, v, initial_state, cu_seqlens)", "state = _initial(q, v, initial_state, cu_seqlens)[:1].expand(max(len(cu_seqlens) - 1, 1) if cu_seqlens is not None else q.shape[0], -1, -1, -1)"),
+    "exp before mask": (".masked_fill(~causal, -torch.inf).exp()", ".exp() * causal"),
+    "exp(G)·exp(−G) factorised": ("(total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()", "(total.exp()[..., :, None] * (-total).exp()[..., None, :]) * causal"),
+    "state rounded to bfloat16 per chunk": ("+ dot((to_end", "+ 0.0; state = state.bfloat16().to(state.dtype) + dot((to_end"),
+    "gate overwritten": ("total = g.cumsum(-1)", "total = g.cumsum(-1); gate_in.mul_(0.5) if gate_in is not None and not gate_in.requires_grad else None"),
+    "contiguity assumed": ("dtype = q.dtype", "dtype = q.dtype; k = k if k.is_contiguous() else k.as_strided(k.shape, k.contiguous().stride())"),
+    "chunk state leaves out its decay": ("state = last[:, :, c, :, None].exp() * state", "state = state"),
+    "beta left out of the error": ("error = beta[:, :, c, :, None] *", "error ="),
+    "scale ignored": ("_prepare(q, k, v, g, beta, scale, qk_l2norm)", "_prepare(q, k, v, g, beta, None, qk_l2norm)"),
+    "heads tiled instead of grouped": ("_prepare(q, k, v, g, beta, scale, qk_l2norm)", "_tiled(_prepare, q, k, v, g, beta, scale, qk_l2norm)"),
+    "final state aliases its input": ("state.clone() if output_final_state", "state if output_final_state"),
+}  # fmt: skip
+
+
+def _tiled(prepare, q, k, v, *rest):
+    group = v.shape[2] // q.shape[2]
+    return prepare(q.repeat(1, 1, group, 1), k.repeat(1, 1, group, 1), v, *rest)
+
+
+def planted(bug: str) -> Callable:
+    """`chunked` with `bug`; fails when the line it changes is gone."""
+    old, new = BUGS[bug]
+    source = inspect.getsource(reference.chunked)
+    if old not in source:
+        raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")
+    source = source.replace(old, new)
+    source = source.replace("dtype = q.dtype", "gate_in = g; dtype = q.dtype", 1)
+    source = source.replace("length, pad =", "state_in = state; length, pad =", 1)
+    namespace = {**vars(reference), "_tiled": _tiled}
+    exec(compile(source, f"<planted: {bug}>", "exec"), namespace)
+    return namespace["chunked"]
