@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memattn import _native
+
 LIBRARY = torch.library.Library("memattn", "DEF")
+_native.native_reason("_C")  # registers the CPU kernels now: a library cannot be loaded while a graph is traced
 
 
 def resolve(name: str) -> torch._ops.OpOverload:
