@@ -91,10 +91,16 @@ def test_bad_step_input():
         "state has strides": (dict(state=pool.transpose(2, 3).contiguous().transpose(2, 3)), ValueError),
         "state is bfloat16": (dict(state=pool.bfloat16()), TypeError),
         r"state_indices has shape \[3\]": (dict(state_indices=torch.tensor([0, 1, 1])), ValueError),
-        r"state_indices holds 0..2; allowed: -1 \(padding\) to 1": (dict(state_indices=torch.tensor([0, 2])), ValueError),
+        r"state_indices holds 0..2; allowed: -1 \(padding\) to 1": (
+            dict(state_indices=torch.tensor([0, 2])),
+            ValueError,
+        ),
         "state_indices holds -2..0": (dict(state_indices=torch.tensor([-2, 0])), ValueError),
         "q has 0 tokens": ({n: good[n][:, :0] for n in ("q", "k", "v", "g", "beta")}, ValueError),
-        "an input requires grad; the step is for inference only": (dict(q=good["q"].clone().requires_grad_()), RuntimeError),
+        "an input requires grad; the step is for inference only": (
+            dict(q=good["q"].clone().requires_grad_()),
+            RuntimeError,
+        ),
     }
     for message, (change, error) in cases.items():
         before = pool.clone()

@@ -47,13 +47,21 @@ def test_opcheck_backward(variant):
     args = _arguments(case, False, **change)
     o, final, solve, states = resolve("gated_delta_rule_cpu")(*args)
     do, dfinal = torch.randn_like(o), torch.randn_like(final)
-    result = torch.library.opcheck(resolve("gated_delta_rule_cpu_backward"), (do, dfinal, *args[:7], solve, states, *args[7:11]))
+    result = torch.library.opcheck(
+        resolve("gated_delta_rule_cpu_backward"), (do, dfinal, *args[:7], solve, states, *args[7:11])
+    )
     assert set(result.values()) == {"SUCCESS"}
 
 
 def test_opcheck_step():
     inputs = replace(CASE, batch=2, length=1).make()
-    args = (*(inputs[n] for n in ("q", "k", "v", "g", "beta")), inputs["initial_state"], torch.tensor([1, -1]), 0.25, True)
+    args = (
+        *(inputs[n] for n in ("q", "k", "v", "g", "beta")),
+        inputs["initial_state"],
+        torch.tensor([1, -1]),
+        0.25,
+        True,
+    )
     assert set(torch.library.opcheck(resolve("gated_delta_rule_step_cpu"), args).values()) == {"SUCCESS"}
 
 

@@ -12,3 +12,8 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parents[2]
 if not (Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+from memattn import ops  # noqa: E402
+from memattn.backends import BackendError, use_backend  # noqa: E402
+
+__all__ = ["BackendError", "ops", "use_backend"]

@@ -102,7 +102,7 @@ def why_not(op: str, backend: str, request: Request, *, explicit: bool = False) 
 
 
 def choose(op: str, request: Request, backend: str | None = None, received: Callable[[], str] = lambda: "") -> str:
-    """The backend for this call: `backend`, else the innermost `use_backend`, else MEMATTN_BACKEND, else the first able.
+    """The backend for this call: `backend`, else the innermost `use_backend`, else MEMATTN_BACKEND, else the first.
 
     Raises BackendError when a named one cannot serve; `received` describes the call's tensors for that message.
     """

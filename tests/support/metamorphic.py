@@ -39,7 +39,9 @@ def assert_near(actual, expected, what, tolerance=TOLERANCE):
 
 def rows(inputs, start, stop):
     """The tokens start..stop of every token-major tensor."""
-    return {n: x[:, start:stop] if n in ("q", "k", "v", "g", "beta") and x is not None else x for n, x in inputs.items()}
+    return {
+        n: x[:, start:stop] if n in ("q", "k", "v", "g", "beta") and x is not None else x for n, x in inputs.items()
+    }
 
 
 @metamorphic
@@ -172,7 +174,9 @@ def empty_and_single(op, device="cpu"):
         assert o.shape == inputs["v"].shape, f"o has shape {list(o.shape)}"
         if case.tokens == 0:
             assert torch.equal(final, inputs["initial_state"]), "no token, yet the state changed"
-            assert final.data_ptr() != inputs["initial_state"].data_ptr() or final.numel() == 0, "state aliases its input"
+            assert final.data_ptr() != inputs["initial_state"].data_ptr() or final.numel() == 0, (
+                "state aliases its input"
+            )
         if case.lengths:
             assert torch.equal(final[[0, 2]], inputs["initial_state"][[0, 2]]), "an empty sequence changed its state"
 

@@ -278,7 +278,9 @@ def gated_delta_rule_step(
     check.rank(STEP, "state", state, "[P, HV, K, V]")
     _check_state(STEP, "state", state, q.shape[0] if state_indices is None else state.shape[0], q, v)
     if not state.is_contiguous():
-        raise ValueError(f"{STEP}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous")
+        raise ValueError(
+            f"{STEP}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous"
+        )
     if state_indices is not None:
         check.state_indices(STEP, state_indices, q.shape[0], state.shape[0], q)
     if _needs_grad(q, k, v, g, beta, state):
