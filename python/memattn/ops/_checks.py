@@ -104,7 +104,7 @@ def state_indices(op: str, x: Tensor, batch: int, pool: int, q: Tensor) -> None:
         low, high = x.aminmax()
         if int(low) < -1 or int(high) >= pool:
             raise ValueError(
-                f"{op}: state_indices holds {int(low)}..{int(high)}; allowed: -1 (padding) to {pool - 1}, the last pool row"
+                f"{op}: state_indices holds {int(low)}..{int(high)}; allowed: -1 (padding)..{pool - 1}"
             )
 
 
