@@ -91,7 +91,7 @@ def test_bad_step_input():
         "state has strides": (dict(state=pool.transpose(2, 3).contiguous().transpose(2, 3)), ValueError),
         "state is bfloat16": (dict(state=pool.bfloat16()), TypeError),
         r"state_indices has shape \[3\]": (dict(state_indices=torch.tensor([0, 1, 1])), ValueError),
-        r"state_indices holds 0..2; allowed: -1 \(padding\) to 1": (
+        r"state_indices holds 0..2; allowed: -1 \(padding\)..1": (
             dict(state_indices=torch.tensor([0, 2])),
             ValueError,
         ),
