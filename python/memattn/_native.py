@@ -70,13 +70,16 @@ def _load(name: str) -> str | None:
     if path is None:
         skipped = build_info().get("skipped", {}).get(name)
         return f"{name} was not built: {skipped}" if skipped else f"{name} is not built; fix: {REBUILD}"
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return f"{name} needs a torch with CUDA; torch is {torch.__version__}"
     try:
         if name == "_host":
             importlib.import_module("memattn._host")
         else:
             torch.ops.load_library(str(path))
     except (OSError, ImportError, RuntimeError) as error:
-        return f"{path.name} cannot be loaded: {error}"
+        # load_library says only that it failed; the loader's own words are the cause.
+        return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     return None
 
 

@@ -1,0 +1,5 @@
+"""`python -m memattn`."""
+
+from memattn.cli import main
+
+raise SystemExit(main())
