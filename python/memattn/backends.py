@@ -109,7 +109,7 @@ def choose(op: str, request: Request, backend: str | None = None, received: Call
     wanted = _parse(backend, f"{op}: argument backend") if backend else getattr(_local, "names", ()) or _environment
     table = _registry[op]
     candidates = wanted or tuple(name for name in ORDER if name in table)
-    refused = {}
+    refused: dict[str, list[str]] = {}
     for name in candidates:
         reasons = why_not(op, name, request, explicit=bool(wanted))
         if not reasons:

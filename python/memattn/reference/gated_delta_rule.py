@@ -148,6 +148,6 @@ def step(
     live = (rows >= 0) & (rows < state.shape[0])
     pool = state[rows.clamp(0, max(state.shape[0] - 1, 0))]
     o, after = loop(q, k, v, g, beta, scale=scale, initial_state=pool, output_final_state=True, qk_l2norm=qk_l2norm)
-    if bool(live.any()):
+    if after is not None and bool(live.any()):
         state[rows[live]] = after[live]
     return torch.where(live[:, None, None, None], o, torch.zeros_like(o))
