@@ -74,7 +74,7 @@ OUTER_TORCH = { test -e /dev/nvidiactl || test -e /dev/dxg; } && $(PYTHON) -c \
 
 .venv/.built: .venv/.tools setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 	@echo "compiling the extensions (up to three minutes on two cores; later only what changed)"
-	$(INSTALL) --no-build-isolation --no-deps -e .
+	PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 in-place:

@@ -25,6 +25,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
@@ -154,6 +155,14 @@ def stale(output: Path, command: list[str]) -> bool:
     made = output.stat().st_mtime
     names = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     return any(not os.path.exists(n) or os.path.getmtime(n) > made for n in names)
+
+
+class FreshBuild(build):
+    """Setuptools would put files of earlier builds, long deleted here, into a wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class Build(build_ext):
@@ -287,7 +296,7 @@ if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
 
 setup(
     packages=[*find_packages("python"), "memattn.kernels"],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build": FreshBuild, "build_ext": Build},
     ext_modules=[
         *extension("memattn._C", "cpu", "**/*.cpp", abi3=True),
         *extension("memattn._C_cuda", "cuda", "*.cu *.cpp", abi3=True),
