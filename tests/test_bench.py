@@ -1,0 +1,283 @@
+"""The benchmark harness: its counts against brute force, its gate against planted faults, its command line."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import registry, roofline, run, tables  # noqa: E402
+from bench.compare import Candidate, Gate, Race  # noqa: E402
+from bench.contest import Choice, contests  # noqa: E402
+from bench.ops import gated_delta_rule as entry  # noqa: E402
+from bench.registry import Work  # noqa: E402
+from memattn.reference import gated_delta_rule as reference  # noqa: E402
+
+TINY = entry.Case("tiny", batch=1, length=11, heads=1, value_heads=1, key_dim=5, value_dim=3, state=True)
+
+
+# --- counts: the chunk algorithm in numpy, every multiply-add of a matrix product counted as it is done ---------------
+
+
+class Counter:
+    """Matrix products that count what they do; a mask says which entries of the left factor or the result exist."""
+
+    def __init__(self):
+        self.flops = 0
+
+    def __call__(self, a, b, left=None, out=None):
+        result = np.zeros((a.shape[0], b.shape[1]))
+        for i in range(a.shape[0]):
+            for j in range(b.shape[1]):
+                if out is not None and not out[i, j]:
+                    continue
+                for m in range(a.shape[1]):
+                    if left is None or left[i, m]:
+                        result[i, j] += a[i, m] * b[m, j]
+                        self.flops += 2
+        return result
+
+    def solve(self, lower, b):
+        """(I + lower)^-1 b by substitution."""
+        x = b.copy()
+        for i in range(len(b)):
+            for m in range(i):
+                x[i] -= lower[i, m] * x[m]
+                self.flops += 2 * b.shape[1]
+        return x
+
+
+def chunk(dot, q, k, v, g, beta, S0, do=None, dS1=None):
+    """One chunk: (o, S1) and, given cotangents, (dq, dk, dv, dS0); the products that `chunk_flops` names, no others."""
+    c = len(g)
+    G = np.cumsum(g)
+    full, strict = np.tril(np.ones((c, c), bool)), np.tril(np.ones((c, c), bool), -1)
+    decay = np.where(full, np.exp(np.where(full, G[:, None] - G[None], 0)), 0)
+    b, eG, to_end = beta[:, None], np.exp(G)[:, None], np.exp(G[-1] - G)[:, None]
+    R, QS = dot(k, S0), dot(q, S0)
+    L, A = b * dot(k, k.T, out=strict) * decay, dot(q, k.T, out=full) * decay
+    Vn = dot.solve(L, b * (v - eG * R))
+    o = eG * QS + dot(A, Vn, left=full)
+    S1 = np.exp(G[-1]) * S0 + dot((to_end * k).T, Vn)
+    if do is None:
+        return o, S1
+    dVn = dot(A.T, do, left=full.T) + dot(to_end * k, dS1)
+    dX = dot.solve(L.T[::-1, ::-1], dVn[::-1])[::-1]  # the transposed system is upper triangular
+    dR = -b * eG * dX
+    dS0 = np.exp(G[-1]) * dS1 + dot((eG * q).T, do) + dot(k.T, dR)
+    M1, M2 = dot(do, Vn.T, out=full) * decay, -dot(dX, Vn.T, out=strict) * decay
+    dq = eG * dot(do, S0.T) + dot(M1, k, left=full)
+    dk = dot(dR, S0.T) + dot(M1.T, q, left=full.T) + b * dot(M2, k, left=strict)
+    dk += dot((b * M2).T, k, left=strict.T) + to_end * dot(Vn, dS1.T)
+    return o, S1, dq, dk, b * dX, dS0
+
+
+def inputs_of(case):
+    given = replace(case, qk_l2norm=False, scale=1.0, beta=0.2).make(torch.float64)
+    return given, [given[n].detach().numpy()[0, :, 0] for n in ("q", "k", "v", "g", "beta")] + [
+        given["initial_state"].numpy()[0, 0]
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 11])
+def test_forward_flops_are_those_of_a_right_algorithm(size):
+    given, (*tensors, S) = inputs_of(TINY)
+    dot, outputs = Counter(), []
+    for a in range(0, TINY.length, size):
+        o, S = chunk(dot, *(x[a : a + size] for x in tensors), S)
+        outputs.append(o)
+    expected, final = reference.loop(**given, output_final_state=True)
+    np.testing.assert_allclose(np.concatenate(outputs), expected[0, :, 0], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(S, final[0, 0], rtol=1e-10, atol=1e-12)
+    assert dot.flops == entry.sequence_flops(TINY.length, TINY.key_dim, TINY.value_dim, False, size)
+
+
+def test_backward_flops_are_those_of_a_right_algorithm():
+    given, (*tensors, S0) = inputs_of(TINY)
+    generator = np.random.default_rng(0)
+    do, dS1 = generator.normal(size=(TINY.length, TINY.value_dim)), generator.normal(size=S0.shape)
+    dot = Counter()
+    *_, dq, dk, dv, dS0 = chunk(dot, *tensors, S0, do, dS1)
+    leaves = [given[n].requires_grad_() for n in ("q", "k", "v", "initial_state")]
+    o, final = reference.loop(**given, output_final_state=True)
+    loss = (o[0, :, 0] * torch.from_numpy(do)).sum() + (final[0, 0] * torch.from_numpy(dS1)).sum()
+    expected = [x.squeeze().numpy() for x in torch.autograd.grad(loss, leaves)]
+    for ours, theirs in zip((dq, dk, dv, dS0), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert dot.flops == entry.chunk_flops(TINY.length, TINY.key_dim, TINY.value_dim, True)
+
+
+def test_flops_scale_with_batch_and_heads_and_take_the_cheapest_chunk():
+    case = replace(TINY, batch=3, value_heads=2, length=70)
+    counts = [entry.sequence_flops(70, TINY.key_dim, TINY.value_dim, False, c) for c in (16, 32, 64)]
+    assert entry.work(case, "fwd", torch.float32).flops == 6 * min(counts)
+
+
+def nbytes(tensors):
+    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("mode", registry.MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_tensors(op, mode, dtype):
+    """Inputs once, results once; backward: inputs and cotangent read again. What is updated in place counts twice."""
+    one = registry.load(op)
+    _, case = one.shapes("cpu", mode)[-1]
+    case = one.small(case)
+    given = one.inputs(case, mode, dtype, "cpu", 0)
+    results = one.truth(mode, {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in given.items()})
+    dtypes = {"state": torch.float32, "dg": torch.float32, "dweight": torch.float32, "dbias": torch.float32}
+    written = sum(x.numel() * dtypes.get(n, dtype).itemsize for n, x in results.items())
+    read = nbytes(given.values())
+    if mode == "fwdbwd":
+        cotangent = given["dy" if op == "causal_conv1d" else "do"]
+        read += nbytes(x for n, x in given.items() if x is not cotangent)
+    assert one.work(case, mode, dtype).bytes == read + written
+
+
+def test_step_flops_are_three_products_per_token():
+    case = replace(TINY, batch=2, length=3, value_heads=4)
+    assert entry.work(case, "step", torch.float32).flops == 2 * 4 * 3 * 3 * (2 * TINY.key_dim * TINY.value_dim)
+
+
+def test_floor_takes_the_slower_of_moving_and_computing():
+    ceilings = roofline.Ceilings(copy=10.0, cached=100.0, float32=1000.0, bfloat16=4000.0)
+    assert ceilings.floor(Work(bytes=100, flops=1000), torch.float32) == (10.0, "bytes")
+    assert ceilings.floor(Work(bytes=100, flops=40000), torch.float16) == (10.0, "bytes")
+    assert ceilings.floor(Work(bytes=100, flops=40000), torch.float32) == (40.0, "flops")
+    assert ceilings.floor(Work(bytes=100, flops=100), torch.float32, cached=True) == (1.0, "bytes")
+
+
+# --- the gate: no time for a wrong answer ----------------------------------------------------------------------------
+
+
+def race(call, mode="fwd", rounds=0.01):
+    one = registry.load("gated_delta_rule")
+    sets = [one.inputs(one.small(one.shapes("cpu", mode)[0][1]), mode, torch.float32, "cpu", seed) for seed in (0, 1)]
+    (outcome,) = Race(Gate(one, mode, 5e-6), sets, "cpu", rounds).run([Candidate("candidate", "0", call)])
+    return outcome
+
+
+def right(given):
+    return entry.call("fwd", "chunked")(given)
+
+
+def test_right_results_are_timed():
+    outcome = race(right)
+    assert outcome.status == "PASSED" and len(outcome.seconds) >= 5 and outcome.warm_calls >= 8
+    assert set(outcome.errors) == {"before", "after"} and outcome.summary()["min_ms"] > 0
+
+
+def test_wrong_results_get_no_time():
+    outcome = race(lambda given: {"o": right(given)["o"] * 1.001})
+    assert outcome.status == "INCORRECT" and "o is off by" in outcome.reason and "min_ms" not in outcome.summary()
+
+
+def test_unwritten_elements_are_seen():
+    def call(given):
+        o = torch.empty_like(given["v"])  # NaN while the gate poisons allocations
+        o[:, 1:] = right(given)["o"][:, 1:]
+        return {"o": o}
+
+    assert race(call).status == "INCORRECT"
+
+
+def test_replaying_an_old_result_is_seen_after_timing():
+    kept = []
+
+    def call(given):
+        kept.append(kept[-1] if len(kept) > 1 else right(given))  # computes twice, then replays
+        return kept[-1]
+
+    outcome = race(call)
+    assert outcome.status == "INCORRECT" and outcome.reason.startswith("after timing") and not outcome.seconds
+
+
+def test_overwritten_inputs_are_seen():
+    def call(given):
+        results = right(given)
+        given["g"].mul_(1.5)
+        return results
+
+    outcome = race(call)
+    assert outcome.status == "INCORRECT" and "input g was overwritten" in outcome.reason
+
+
+def test_a_failing_candidate_becomes_a_row_with_the_reason():
+    def call(given):
+        raise ValueError("no such thing\nsecond line")
+
+    outcome = race(call)
+    assert (outcome.status, outcome.reason) == ("ERROR", "ValueError: no such thing")
+
+
+def test_steps_may_change_their_state_and_nothing_else():
+    outcome = race(entry.call("step", "chunked"), mode="step")
+    assert outcome.status == "PASSED" and set(outcome.errors["after"]) == {"o", "state"}
+
+
+def test_float64_reference_in_pieces_equals_the_loop(monkeypatch):
+    monkeypatch.setattr(entry, "PIECE", 16)
+    given = replace(TINY, length=37).make(torch.float64)
+    expected, _ = reference.loop(**given)
+    assert torch.allclose(entry.truth("fwd", given)["o"], expected, rtol=1e-10, atol=1e-12)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_counts_and_checks_everything(capsys):
+    assert run.main(["--dry-run", "--quick", "--device", "cuda", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    for op in registry.OPS:
+        for mode in registry.MODES:
+            assert f"{op} {mode} float32" in text
+    assert "floor" in text and "checked" in text and "min " not in text and "data sheet" in text
+
+
+def test_json_has_times_machine_and_errors(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device: roofline.Ceilings(1e10, 2e10, 1e11, 2e11))
+    path = tmp_path / "deep" / "out.json"
+    arguments = ["--op", "gated_delta_rule", "--mode", "step", "--shapes", "decode", "--dtype", "float32", "--quick"]
+    assert (
+        run.main([*arguments, "--device", "cpu", "--backend", "chunked", "--seconds", "0.01", "--json", str(path)]) == 0
+    )
+    document = json.loads(path.read_text())
+    assert document["command"].startswith("python bench/run.py --op gated_delta_rule")
+    assert document["machine"]["versions"]["torch"] == torch.__version__ and document["machine"]["cpu"]["cores"] >= 1
+    (row,) = document["rows"]
+    ours = tables.ours(row)
+    assert (
+        ours["name"] == "memattn chunked"
+        and 0 < ours["min_ms"] <= ours["median_ms"]
+        and ours["errors"]["after"]["state"] < 5e-6
+    )
+    assert row["floor_ms"] == pytest.approx(1e3 * row["bytes"] / 1e10)
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--op", "nothing"], "nothing is not among"), (["--shapes", "x"], "x is not")]
+)
+def test_unknown_words_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_backend_is_refused_with_the_allowed_ones():
+    choice = Choice(("gated_delta_rule",), ("fwd",), ("training",), ("float32",), "cpu", backend="fast", dry=True)
+    with pytest.raises(ValueError, match=r"--backend has fast; allowed for gated_delta_rule fwd: auto, all, "):
+        next(contests(choice)).outcomes(choice)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_one_clear_message(capsys):
+    assert run.main(["--device", "cuda"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
