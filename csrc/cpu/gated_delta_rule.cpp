@@ -1,0 +1,377 @@
+// Gated delta rule, forward:  S_t = (I - beta_t k_t k_tT) e^{g_t} S_{t-1} + beta_t k_t v_tT,   o_t = scale S_tT q_t.
+//
+// Chunks of C tokens, rows stacked; G the cumulative sum of g in the chunk, S0 [K, V] the state at its start:
+//   R = K S0      E = V - e^G R      X = beta E      Vn = T X,  T = (I + L)^-1,  L = stril(beta_i (k_i.k_j) e^{G_i-G_j})
+//   O = scale e^G (Q S0) + A Vn,     A = tril(scale (q_i.k_j) e^{G_i-G_j})
+//   S1 = e^{G_C} S0 + KT (e^{G_C-G} Vn)
+// This residual form needs no W = T (beta e^G K), so 3 products of C K V and 4 half products of C C max(K, V) per chunk.
+// Only differences of G are exponentiated, after masking; T is always computed in the accumulate type.
+//
+// An item is a sequence and a key head with (some of) its value heads. It is one task on one thread, chunk after chunk in
+// cache; or, when there are too few items for the threads, groups of its chunks are prepared in parallel and then scanned
+// in parallel over value heads and column blocks of V. Every element is summed in the same order in both.
+#include "gated_delta_rule.h"
+
+#include <tuple>
+
+namespace memattn::cpu {
+namespace {
+
+constexpr const char* kOp = "gated_delta_rule_cpu";
+
+struct Item {
+  int64_t sequence, head, first_value_head;
+  int value_heads;
+  int64_t chunks;
+};
+
+struct Outputs {
+  void* o;                            // like v
+  void *final_state, *solve, *states;  // accumulate type, or null
+};
+
+// T and A of one chunk of one value head.
+template <class E>
+struct HeadBlock {
+  using Acc = AccumulateOf<E>;
+  GateBlock<Acc> gates;
+  Acc *solve, *attention;
+  E *solve_buffer, *attention_buffer;
+  Left<E> solve_left{}, attention_left{};
+
+  HeadBlock(Arena& arena, const BlockSizes& s)
+      : gates(arena, s),
+        solve(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        attention(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        solve_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))),
+        attention_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
+};
+
+// A prepared chunk of one item.
+template <class E>
+struct ChunkSlot {
+  KeyBlock<E> keys;
+  std::vector<HeadBlock<E>> heads;
+
+  ChunkSlot(Arena& arena, const BlockSizes& s, int value_heads) : keys(arena, s) {
+    for (int i = 0; i < value_heads; ++i) heads.emplace_back(arena, s);
+  }
+};
+
+// What a thread needs while it works on one chunk.
+template <class E>
+struct ForwardTemporaries {
+  using Acc = AccumulateOf<E>;
+  E* transposed_keys;           // [K, C]
+  Acc *decay, *lower;           // [C, C]
+  Acc *reads, *values, *fresh;  // K S0 over Q S0 [2 C, V]; V; Vn
+  E *state_operand, *right;     // [K, V], [C, V]
+  Acc* row_scale;               // [C]
+
+  ForwardTemporaries(Arena& arena, const BlockSizes& s)
+      : transposed_keys(arena.take<E>(int64_t{s.key_dim} * s.ld_chunk)),
+        decay(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        lower(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        reads(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_value)),
+        values(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
+        fresh(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
+        state_operand(arena.take<E>(packed_size<E>(s.key_dim, s.ld_value))),
+        right(arena.take<E>(int64_t{s.chunk} * s.ld_value)),
+        row_scale(arena.take<Acc>(s.chunk)) {}
+};
+
+template <class E>
+class Forward {
+  using Acc = AccumulateOf<E>;
+
+ public:
+  Forward(const DeltaRule& rule, const Primitives<E>& isa, const Outputs& out)
+      : rule_(rule), isa_(isa), out_(out), s_(rule, isa.unit) {}
+
+  void run(int64_t threads) {
+    make_items();
+    std::vector<int64_t> cost;
+    for (const Item& item : items_) cost.push_back((item.chunks + 1) * item.value_heads);
+    const WorkPlan plan = plan_work(cost, threads);
+    run_shared(plan.shared, threads);
+    run_whole(plan.whole, threads);
+  }
+
+ private:
+  // States, slots and temporaries of the items being worked on.
+  struct Workspace {
+    std::vector<Acc*> states;  // one per value head of every item
+    std::vector<ChunkSlot<E>> slots;
+    std::vector<ForwardTemporaries<E>> temporaries;
+  };
+
+  int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
+
+  void make_items() {
+    const int64_t half = kScratchPerThread / 2, state_bytes = state_size() * int64_t{sizeof(Acc)};
+    heads_per_item_ = static_cast<int>(std::clamp<int64_t>(half / state_bytes, 1, rule_.group()));
+    for (int64_t n = 0; n < rule_.sequences.count(); ++n) {
+      for (int64_t head = 0; head < rule_.heads; ++head) {
+        for (int64_t first = 0; first < rule_.group(); first += heads_per_item_) {
+          const int count = static_cast<int>(std::min<int64_t>(heads_per_item_, rule_.group() - first));
+          items_.push_back({n, head, head * rule_.group() + first, count, rule_.sequences.chunks(n, rule_.chunk_size)});
+        }
+      }
+    }
+  }
+
+  Workspace make_workspace(Arena& arena, int64_t items, int64_t chunks, int64_t workers) const {
+    Workspace w;
+    for (int64_t i = 0; i < items * heads_per_item_; ++i) w.states.push_back(arena.take<Acc>(state_size()));
+    for (int64_t i = 0; i < items * chunks; ++i) w.slots.emplace_back(arena, s_, heads_per_item_);
+    for (int64_t i = 0; i < workers; ++i) w.temporaries.emplace_back(arena, s_);
+    return w;
+  }
+
+  void run_whole(const std::vector<int64_t>& whole, int64_t threads) {
+    const int64_t count = static_cast<int64_t>(whole.size()), workers = std::min(threads, count);
+    if (count == 0) return;
+    const size_t bytes = bytes_of([&](Arena& arena) { make_workspace(arena, 1, 1, 1); });
+    Scratch scratch(bytes * workers);
+    std::vector<Workspace> workspaces;
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      Arena arena(scratch.data() + bytes * worker);
+      workspaces.push_back(make_workspace(arena, 1, 1, 1));
+    }
+    const auto serial = [](int64_t tasks, const auto& task) {
+      for (int64_t i = 0; i < tasks; ++i) task(i, 0);
+    };
+    parallel_tasks(count, workers, isa_, [&](int64_t i, int64_t worker) {
+      process(&items_[whole[i]], 1, workspaces[worker], 1, 1, serial);
+    });
+  }
+
+  // Batches of items, as many chunks of each in flight as the scratch allows.
+  void run_shared(const std::vector<int64_t>& shared, int64_t threads) {
+    const int64_t count = static_cast<int64_t>(shared.size());
+    const auto parallel = [&](int64_t tasks, const auto& task) { parallel_tasks(tasks, threads, isa_, task); };
+    for (int64_t first = 0; first < count; first += threads) {
+      std::vector<Item> batch;
+      for (int64_t i = first; i < std::min(first + threads, count); ++i) batch.push_back(items_[shared[i]]);
+      const int64_t items = static_cast<int64_t>(batch.size());
+      const auto bytes = [&](int64_t chunks) {
+        return static_cast<int64_t>(bytes_of([&](Arena& arena) { make_workspace(arena, items, chunks, threads); }));
+      };
+      const int64_t fixed = bytes(0), per_chunk = bytes(1) - fixed;
+      const int64_t most = std::max_element(batch.begin(), batch.end(), [](const Item& a, const Item& b) {
+                             return a.chunks < b.chunks;
+                           })->chunks;
+      const int64_t budget = (kScratchPerThread * threads - fixed) / per_chunk;
+      const int64_t chunks = std::clamp<int64_t>(budget, 1, std::max<int64_t>(most, 1));
+      Scratch scratch(bytes(chunks));
+      Arena arena(scratch.data());
+      Workspace workspace = make_workspace(arena, items, chunks, threads);
+      process(batch.data(), items, workspace, chunks, threads, parallel);
+    }
+  }
+
+  // All chunks of `count` items, `wave` chunks at a time. each(n, task) runs task(i, worker) for all i < n.
+  template <class Each>
+  void process(const Item* items, int64_t count, Workspace& w, int64_t wave, int64_t threads, const Each& each) {
+    const int64_t heads = count * heads_per_item_;
+    const int64_t blocks = column_blocks(heads, threads), width = round_up_to_unit(s_.value_dim, blocks);
+    const auto head_exists = [&](int64_t i) { return i % heads_per_item_ < items[i / heads_per_item_].value_heads; };
+    each(heads, [&](int64_t i, int64_t) {
+      if (head_exists(i)) start_state(items[i / heads_per_item_], i % heads_per_item_, w.states[i]);
+    });
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, items[i].chunks);
+    for (int64_t first = 0; first < most; first += wave) {
+      each(count * wave, [&](int64_t i, int64_t worker) {
+        const Item& item = items[i / wave];
+        if (first + i % wave < item.chunks) prepare(item, first + i % wave, w.slots[i], w.temporaries[worker]);
+      });
+      each(heads * blocks, [&](int64_t i, int64_t worker) {
+        const int64_t head = i / blocks;
+        const Item& item = items[head / heads_per_item_];
+        const int begin = static_cast<int>(i % blocks * width), end = static_cast<int>(std::min<int64_t>(begin + width, s_.value_dim));
+        if (!head_exists(head) || begin >= end) return;
+        for (int64_t c = first; c < std::min(first + wave, item.chunks); ++c) {
+          const ChunkSlot<E>& slot = w.slots[head / heads_per_item_ * wave + c - first];
+          scan(item, head % heads_per_item_, c, slot, w.states[head], w.temporaries[worker], begin, end);
+        }
+      });
+    }
+    each(heads, [&](int64_t i, int64_t) {
+      if (head_exists(i)) finish_state(items[i / heads_per_item_], i % heads_per_item_, w.states[i]);
+    });
+  }
+
+  // Column blocks of V per value head: two tasks per thread, of at least 32 columns.
+  int64_t column_blocks(int64_t heads, int64_t threads) const {
+    if (threads == 1) return 1;
+    return std::clamp<int64_t>((2 * threads + heads - 1) / heads, 1, std::max(1, s_.value_dim / 32));
+  }
+  int64_t round_up_to_unit(int64_t columns, int64_t blocks) const {
+    return round_up(static_cast<int>((columns + blocks - 1) / blocks), std::max(32, s_.unit));
+  }
+
+  int64_t state_row(const Item& item, int64_t head) const {
+    return (item.sequence * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
+  }
+
+  void start_state(const Item& item, int64_t head, Acc* state) const {
+    const int rows = rule_.initial_state ? rule_.key_dim : 0;
+    const void* from = rule_.initial_state ? offset(rule_.initial_state, element_of_accumulate<Acc>(), state_row(item, head)) : nullptr;
+    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, from, element_of_accumulate<Acc>(), rule_.value_dim, rows,
+                   rule_.value_dim);
+  }
+
+  void finish_state(const Item& item, int64_t head, const Acc* state) const {
+    if (out_.final_state == nullptr) return;
+    isa_.store_rows(offset(out_.final_state, element_of_accumulate<Acc>(), state_row(item, head)), element_of_accumulate<Acc>(),
+                    rule_.value_dim, state, s_.ld_value, nullptr, rule_.key_dim, rule_.value_dim);
+  }
+
+  void prepare(const Item& item, int64_t chunk, ChunkSlot<E>& slot, ForwardTemporaries<E>& t) const {
+    slot.keys.prepare(rule_, isa_, s_, item.sequence, chunk, item.head, t.transposed_keys);
+    const int n = slot.keys.padded;
+    for (int i = 0; i < item.value_heads; ++i) {
+      HeadBlock<E>& head = slot.heads[i];
+      GateBlock<Acc>& gates = head.gates;
+      gates.prepare(rule_, isa_, slot.keys.first_token, slot.keys.rows, n, item.first_value_head + i);
+      isa_.decay_matrix(t.decay, s_.ld_chunk, gates.high, gates.low, n);
+      isa_.chunk_scores(t.lower, head.attention, s_.ld_chunk, slot.keys.kk, slot.keys.qk, t.decay, gates.beta,
+                        Acc(rule_.scale), n);
+      isa_.unit_lower_inverse(head.solve, s_.ld_chunk, t.lower, s_.ld_chunk, n);
+      head.solve_left = as_left(isa_, head.solve_buffer, head.solve, s_.ld_chunk, n, n);
+      head.attention_left = as_left(isa_, head.attention_buffer, head.attention, s_.ld_chunk, n, n);
+      if (out_.solve) save_solve(item, chunk, i, head.solve, std::min(n, rule_.chunk_size));
+    }
+  }
+
+  void save_solve(const Item& item, int64_t chunk, int head, const Acc* solve, int n) const {
+    const int64_t c = rule_.chunk_size, slot = rule_.sequences.slot(item.sequence, chunk, c);
+    Acc* to = static_cast<Acc*>(out_.solve) + (slot * rule_.value_heads + item.first_value_head + head) * c * c;
+    std::fill(to, to + c * c, Acc(0));
+    isa_.store_rows(to, element_of_accumulate<Acc>(), c, solve, s_.ld_chunk, nullptr, n, n);
+  }
+
+  void save_state(const Item& item, int64_t chunk, int64_t head, const Acc* state, int begin, int end) const {
+    const int64_t slot = rule_.sequences.slot(item.sequence, chunk / rule_.checkpoint_every, rule_.chunk_size * rule_.checkpoint_every);
+    Acc* to = static_cast<Acc*>(out_.states) +
+              (slot * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
+    isa_.store_rows(to + begin, element_of_accumulate<Acc>(), rule_.value_dim, state + begin, s_.ld_value, nullptr,
+                    rule_.key_dim, std::min(end, rule_.value_dim) - begin);
+  }
+
+  // Columns begin..end of one chunk: reads S0, writes O and S1.
+  void scan(const Item& item, int64_t value_head, int64_t chunk, const ChunkSlot<E>& slot, Acc* whole_state,
+            ForwardTemporaries<E>& t, int begin, int end) const {
+    const KeyBlock<E>& keys = slot.keys;
+    const HeadBlock<E>& head = slot.heads[value_head];
+    const int n = keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    Acc* state = whole_state + begin;
+    if (out_.states && chunk % rule_.checkpoint_every == 0) save_state(item, chunk, value_head, whole_state, begin, end);
+
+    const Right<E> s0 = as_right(isa_, t.state_operand, state, ld, s_.key_dim, width);
+    Acc *reads = t.reads, *outputs = t.reads + int64_t{n} * ld;
+    isa_.gemm(reads, ld, keys.kq_left, s0, 2 * n, width, s_.key_dim, 0, Part::full);
+
+    const int64_t stride = rule_.value_heads * rule_.value_dim;
+    const int64_t at = (keys.first_token * rule_.value_heads + item.first_value_head + value_head) * rule_.value_dim + begin;
+    isa_.load_rows(t.values, ld, n, width, offset(rule_.v, rule_.element, at), rule_.element, stride, keys.rows, true_width);
+    isa_.residual_rows(reads, ld, head.gates.from_start, t.values, ld, n, width);
+    isa_.pack_right(t.right, ld, reads, ld, head.gates.beta, n, width);
+    isa_.gemm(t.fresh, ld, head.solve_left, {t.right, ld}, n, width, n, 0, Part::lower_a);
+
+    for (int i = 0; i < n; ++i) t.row_scale[i] = Acc(rule_.scale) * head.gates.from_start[i];
+    isa_.scale_rows(outputs, ld, t.row_scale, n, width);
+    isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, t.fresh, ld, n, width), n, width, n, 1, Part::lower_a);
+    isa_.store_rows(offset(out_.o, rule_.element, at), rule_.element, stride, outputs, ld, nullptr, keys.rows, true_width);
+
+    isa_.pack_right(t.right, ld, t.fresh, ld, head.gates.to_end, n, width);
+    isa_.gemm(state, ld, transposed(keys.kq_right), {t.right, ld}, s_.key_dim, width, n, head.gates.whole, Part::full);
+  }
+
+  const DeltaRule& rule_;
+  const Primitives<E>& isa_;
+  const Outputs out_;
+  const BlockSizes s_;
+  int heads_per_item_ = 1;
+  std::vector<Item> items_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
+    Tensor q, Tensor k, Tensor v, std::optional<Tensor> g, std::optional<Tensor> beta,
+    std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, double scale, bool qk_l2norm,
+    int64_t chunk_size, int64_t checkpoint_every, bool output_final_state, bool save) {
+  const DeltaRule rule = read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size,
+                                        checkpoint_every);
+  const SequenceLayout& sequences = rule.sequences;
+  const int64_t hv = rule.value_heads, c = rule.chunk_size;
+  const auto state_tensor = [&](bool wanted, std::initializer_list<int64_t> shape) {
+    const std::vector<int64_t> sizes = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
+    const bool zero = wanted && sequences.has_unused_slots();
+    return zero ? torch::stable::new_zeros(q, sizes, state_dtype(q.scalar_type()))
+                : torch::stable::new_empty(q, sizes, state_dtype(q.scalar_type()));
+  };
+  Tensor o = torch::stable::empty_like(v);
+  Tensor final_state = state_tensor(output_final_state, {sequences.count(), hv, rule.key_dim, rule.value_dim});
+  Tensor solve = state_tensor(save, {sequences.slots(c), hv, c, c});
+  Tensor states = state_tensor(save, {sequences.slots(c * checkpoint_every), hv, rule.key_dim, rule.value_dim});
+
+  const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
+  const Outputs outputs{o.mutable_data_ptr(), data(final_state, output_final_state), data(solve, save), data(states, save)};
+  with_primitives(q.scalar_type(), [&](const auto& isa) {
+    Forward(rule, isa, outputs).run(torch::stable::get_num_threads());
+  });
+  return {o, final_state, solve, states};
+}
+
+}  // namespace
+
+DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& g, const std::optional<Tensor>& beta,
+                         const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
+                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every) {
+  check_tensor(op, "q", q, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double},
+               {kAnySize, kAnySize, kAnySize, kAnySize});
+  const ScalarType type = q.scalar_type(), state = state_dtype(type);
+  const int64_t b = q.size(0), t = q.size(1), heads = q.size(2), key_dim = q.size(3);
+  check_tensor(op, "k", k, {type}, {b, t, heads, key_dim});
+  check_tensor(op, "v", v, {type}, {b, t, kAnySize, kAnySize});
+  const int64_t value_heads = v.size(2), value_dim = v.size(3);
+  if (heads < 1 || value_heads < 1 || value_heads % heads != 0) {
+    fail(op, "v must have a positive multiple of q's heads; got ", value_heads, " and ", heads);
+  }
+  if (key_dim < 1 || key_dim > 256 || value_dim < 1 || value_dim > 256) {
+    fail(op, "head dimensions must be 1 to 256; got K = ", key_dim, ", V = ", value_dim);
+  }
+  if (chunk_size != 16 && chunk_size != 32 && chunk_size != 64) {
+    fail(op, "chunk_size must be 16, 32 or 64; got ", chunk_size);
+  }
+  if (checkpoint_every < 1) fail(op, "checkpoint_every must be at least 1; got ", checkpoint_every);
+  check_tensor(op, "g", g, {state}, {b, t, value_heads});
+  check_tensor(op, "beta", beta, {type, state}, {b, t, value_heads});
+
+  DeltaRule rule{};
+  rule.sequences = cu_seqlens ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens, b, t)) : SequenceLayout::batch(b, t);
+  check_tensor(op, "initial_state", initial_state, {state}, {rule.sequences.count(), value_heads, key_dim, value_dim});
+  rule.heads = heads;
+  rule.value_heads = value_heads;
+  rule.key_dim = static_cast<int>(key_dim);
+  rule.value_dim = static_cast<int>(value_dim);
+  rule.q = q.const_data_ptr();
+  rule.k = k.const_data_ptr();
+  rule.v = v.const_data_ptr();
+  rule.g = g ? g->const_data_ptr() : nullptr;
+  rule.beta = beta ? beta->const_data_ptr() : nullptr;
+  rule.element = element_of(type);
+  rule.beta_element = beta ? element_of(beta->scalar_type()) : rule.element;
+  rule.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
+  rule.scale = scale;
+  rule.qk_l2norm = qk_l2norm;
+  rule.chunk_size = static_cast<int>(chunk_size);
+  rule.checkpoint_every = checkpoint_every;
+  return rule;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memattn, CPU, m) { m.impl("gated_delta_rule_cpu", TORCH_BOX(&gated_delta_rule)); }
+
+}  // namespace memattn::cpu

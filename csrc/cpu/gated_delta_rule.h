@@ -1,0 +1,238 @@
+// What the forward and the backward of the gated delta rule share: the arguments, block sizes, and the preparation of
+// one chunk. Symbols as in gated_delta_rule.cpp.
+#pragma once
+
+#include "../common/checks.h"
+#include "../common/sequences.h"
+#include "isa/primitives.h"
+#include "parallel.h"
+
+#include <cmath>
+#include <type_traits>
+
+namespace memattn::cpu {
+
+// The op's arguments and sizes, checked.
+struct DeltaRule {
+  SequenceLayout sequences;
+  int64_t heads, value_heads;
+  int key_dim, value_dim;
+  const void *q, *k, *v;  // [tokens, heads or value_heads, key_dim or value_dim] of `element`
+  const void* g;          // [tokens, value_heads] in the accumulate type, or null
+  const void* beta;       // [tokens, value_heads] of `beta_element`, or null
+  Element element, beta_element;
+  const void* initial_state;  // [N, value_heads, key_dim, value_dim] in the accumulate type, or null
+  double scale;
+  bool qk_l2norm;
+  int chunk_size;
+  int64_t checkpoint_every;
+
+  int64_t group() const { return value_heads / heads; }
+};
+
+inline constexpr double kL2NormEps = 1e-6;
+
+inline Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    case ScalarType::Double: return Element::f64;
+    default: return Element::f32;
+  }
+}
+
+inline int64_t bytes_of(Element element) {
+  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+}
+
+inline const void* offset(const void* base, Element element, int64_t index) {
+  return static_cast<const char*>(base) + index * bytes_of(element);
+}
+inline void* offset(void* base, Element element, int64_t index) {
+  return static_cast<char*>(base) + index * bytes_of(element);
+}
+
+inline ScalarType state_dtype(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+template <class Acc>
+constexpr Element element_of_accumulate() {
+  return sizeof(Acc) == 8 ? Element::f64 : Element::f32;
+}
+
+DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& g, const std::optional<Tensor>& beta,
+                         const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
+                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every);
+
+// Calls run(table) with the table whose operand type serves `type`: products of float16, and of bfloat16 on a processor
+// without bf16 products, have float operands.
+template <class Run>
+auto with_primitives(ScalarType type, Run&& run) {
+  if (type == ScalarType::Double) return run(*primitives<double>());
+  if (const auto* table = primitives<bf16>(); table != nullptr && type == ScalarType::BFloat16) return run(*table);
+  return run(*primitives<float>());
+}
+
+// --- blocks ----------------------------------------------------------------------------------------------------------
+
+inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// Leading dimension of a block: an odd number of cache lines, so that a column panel is spread over all L1 sets.
+inline int leading(int cols) { return ((cols + 15) / 16 | 1) * 16; }
+
+struct BlockSizes {
+  int unit, chunk, key_dim, value_dim;  // padded to `unit`
+  int ld_key, ld_value, ld_chunk;
+
+  BlockSizes(const DeltaRule& rule, int block_unit)
+      : unit(block_unit),
+        chunk(round_up(rule.chunk_size, unit)),
+        key_dim(round_up(rule.key_dim, unit)),
+        value_dim(round_up(rule.value_dim, unit)),
+        ld_key(leading(key_dim)),
+        ld_value(leading(value_dim)),
+        ld_chunk(leading(chunk)) {}
+};
+
+// Operands: rows of accumulate type serve directly where E is that type, and are packed into `buffer` where it is not.
+template <class E>
+inline constexpr bool needs_packing = !std::is_same_v<E, AccumulateOf<E>>;
+
+template <class E>
+int64_t packed_size(int64_t rows, int64_t ld) {
+  return needs_packing<E> ? rows * ld : 0;
+}
+
+template <class E>
+Left<E> as_left(const Primitives<E>& isa, E* buffer, const AccumulateOf<E>* x, int ldx, int rows, int cols) {
+  if constexpr (needs_packing<E>) {
+    isa.pack_left(buffer, ldx, x, ldx, rows, cols);
+    return {buffer, ldx, OperandTraits<E>::group};
+  } else {
+    return {x, ldx, 1};
+  }
+}
+
+template <class E>
+Right<E> as_right(const Primitives<E>& isa, E* buffer, const AccumulateOf<E>* x, int ldx, int rows, int cols) {
+  if constexpr (needs_packing<E>) {
+    isa.pack_right(buffer, ldx, x, ldx, nullptr, rows, cols);
+    return {buffer, ldx};
+  } else {
+    return {x, ldx};
+  }
+}
+
+template <class E>
+Right<E> rows_from(Right<E> b, int row) {  // row is a multiple of the group
+  return {b.data + int64_t{row} * b.ld, b.ld};
+}
+
+template <class E>
+Left<E> rows_from(Left<E> a, int row) {
+  return {a.data + row * a.row, a.row, a.step};
+}
+
+// --- one chunk of one key head ---------------------------------------------------------------------------------------
+
+// Rows of K, then of Q, normalised if asked (Q without scale: it enters where sums are scaled anyway), and K KT, Q KT.
+template <class E>
+struct KeyBlock {
+  using Acc = AccumulateOf<E>;
+
+  int64_t first_token = 0;
+  int rows = 0, padded = 0;  // tokens in the chunk; rounded up to the unit
+  Acc *kq, *reciprocal_norm, *kk, *qk;
+  Left<E> kq_left{};
+  Right<E> kq_right{};
+
+  KeyBlock(Arena& arena, const BlockSizes& s)
+      : kq(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key)),
+        reciprocal_norm(arena.take<Acc>(2 * s.chunk)),
+        kk(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        qk(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        left_buffer_(arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_key))),
+        right_buffer_(arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_key))) {}
+
+  Acc* keys() const { return kq; }
+  Acc* queries(const BlockSizes& s) const { return kq + int64_t{padded} * s.ld_key; }
+
+  // transposed_keys is temporary: [key_dim, ld_chunk].
+  void prepare(const DeltaRule& rule, const Primitives<E>& isa, const BlockSizes& s, int64_t sequence, int64_t chunk,
+               int64_t head, E* transposed_keys) {
+    const int64_t before = chunk * rule.chunk_size;
+    first_token = rule.sequences.start(sequence) + before;
+    rows = static_cast<int>(std::min<int64_t>(rule.chunk_size, rule.sequences.length(sequence) - before));
+    padded = round_up(rows, s.unit);
+    const int64_t stride = rule.heads * rule.key_dim, at = (first_token * rule.heads + head) * rule.key_dim;
+    isa.load_rows(keys(), s.ld_key, padded, s.key_dim, offset(rule.k, rule.element, at), rule.element, stride, rows,
+                  rule.key_dim);
+    isa.load_rows(queries(s), s.ld_key, padded, s.key_dim, offset(rule.q, rule.element, at), rule.element, stride, rows,
+                  rule.key_dim);
+    if (rule.qk_l2norm) isa.l2norm_rows(kq, s.ld_key, reciprocal_norm, Acc(kL2NormEps), 2 * padded, s.key_dim);
+    kq_left = as_left(isa, left_buffer_, kq, s.ld_key, 2 * padded, s.key_dim);
+    kq_right = as_right(isa, right_buffer_, kq, s.ld_key, 2 * padded, s.key_dim);
+    isa.pack_right_transposed(transposed_keys, s.ld_chunk, keys(), s.ld_key, padded, s.key_dim);
+    const Right<E> kt{transposed_keys, s.ld_chunk};
+    isa.gemm(kk, s.ld_chunk, kq_left, kt, padded, padded, s.key_dim, 0, Part::lower_c);
+    isa.gemm(qk, s.ld_chunk, rows_from(kq_left, padded), kt, padded, padded, s.key_dim, 0, Part::lower_c);
+  }
+
+ private:
+  E *left_buffer_, *right_buffer_;
+};
+
+// --- the gates of one chunk of one value head --------------------------------------------------------------------------
+
+// G is kept as high + low, so that its differences are exact to the last bit of the accumulate type however long the
+// chunk has decayed. Rows past the end of the sequence have g = 0 and beta = 0.
+template <class Acc>
+struct GateBlock {
+  Acc *high, *low;         // G = cumulative sum of g in the chunk
+  Acc *from_start, *beta;  // e^G
+  Acc* to_end;             // e^(G_C - G)
+  Acc whole = 1;           // e^(G_C)
+
+  GateBlock(Arena& arena, const BlockSizes& s)
+      : high(arena.take<Acc>(s.chunk)),
+        low(arena.take<Acc>(s.chunk)),
+        from_start(arena.take<Acc>(s.chunk)),
+        beta(arena.take<Acc>(s.chunk)),
+        to_end(arena.take<Acc>(s.chunk)) {}
+
+  template <class E>
+  void prepare(const DeltaRule& rule, const Primitives<E>& isa, int64_t first_token, int rows, int padded,
+               int64_t value_head) {
+    constexpr double kForgetsAll = -1e4;  // e^-10000 is 0 in either type; keeps -inf - -inf out of the differences
+    const Acc* gate = static_cast<const Acc*>(rule.g);
+    double total = 0;
+    for (int i = 0; i < padded; ++i) {
+      const int64_t at = (first_token + i) * rule.value_heads + value_head;
+      if (gate != nullptr && i < rows) total += gate[at] < kForgetsAll ? kForgetsAll : double(gate[at]);
+      high[i] = static_cast<Acc>(total);
+      low[i] = static_cast<Acc>(total - double(high[i]));
+      from_start[i] = high[i] + low[i];
+    }
+    const Acc end_high = high[padded - 1], end_low = low[padded - 1];
+    for (int i = 0; i < padded; ++i) to_end[i] = (end_high - high[i]) + (end_low - low[i]);
+    isa.exp_row(from_start, from_start, padded);
+    isa.exp_row(to_end, to_end, padded);
+    whole = from_start[padded - 1];
+    load_beta(rule, isa, first_token, rows, padded, value_head);
+  }
+
+ private:
+  template <class E>
+  void load_beta(const DeltaRule& rule, const Primitives<E>& isa, int64_t first_token, int rows, int padded,
+                 int64_t value_head) {
+    if (rule.beta == nullptr) {
+      for (int i = 0; i < padded; ++i) beta[i] = i < rows ? 1 : 0;
+      return;
+    }
+    const void* from = offset(rule.beta, rule.beta_element, first_token * rule.value_heads + value_head);
+    isa.load_rows(beta, 1, rows, 1, from, rule.beta_element, rule.value_heads, rows, 1);
+    for (int i = rows; i < padded; ++i) beta[i] = 0;
+  }
+};
+
+}  // namespace memattn::cpu
