@@ -1,6 +1,6 @@
 # make demo     train and generate on real text, about five minutes        DEMO="--smoke" for a few seconds
 # make test     the whole test suite                                       TESTS="tests/test_ops.py -k packed"
-# make bench    every op against its peers on this machine                 BENCH="--op gated_delta_rule --device cuda"
+# make bench    every op against its peers, the short table              BENCH="--op gated_delta_rule --device cuda"
 # make lint     ruff and mypy
 # make clean    remove what was built; make distclean removes .venv as well
 #
@@ -36,7 +36,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2")' 2>/dev/null) $(TESTS)
 
 bench: $(READY)
-	$(PY) bench/run.py $(BENCH)
+	$(PY) bench/run.py $(or $(BENCH),--quick)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

@@ -84,6 +84,12 @@ def test_reason_quotes_the_loader(tmp_path, monkeypatch, name):
     assert "invalid ELF header" in reason or "file too short" in reason
 
 
+def test_reason_for_another_python(tmp_path, monkeypatch):
+    (tmp_path / "_host.cpython-27-other.so").touch()
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path)
+    assert _native._load("_host").startswith("_host is built for another Python (_host.cpython-27-other.so); fix: ")
+
+
 def test_reason_for_an_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
     assert _native._load("_C") == "torch is 2.10.1+cpu, the extensions need 2.11 or later"

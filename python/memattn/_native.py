@@ -67,6 +67,8 @@ def _load(name: str) -> str | None:
     # `_host` has its Python version in the file name, and only that one can be imported.
     suffixes = importlib.machinery.EXTENSION_SUFFIXES if name == "_host" else [".abi3.so"]
     path = next((p for s in suffixes if (p := PACKAGE / f"{name}{s}").is_file()), None)
+    if path is None and (other := next(PACKAGE.glob(f"{name}.*.so"), None)):
+        return f"{name} is built for another Python ({other.name}); fix: {REBUILD}"
     if path is None:
         skipped = build_info().get("skipped", {}).get(name)
         return f"{name} was not built: {skipped}" if skipped else f"{name} is not built; fix: {REBUILD}"

@@ -141,7 +141,8 @@ def check() -> Iterator[dict[str, Any]]:
                     try:
                         error = _error(device, backend, dtype)
                     except Exception as failure:  # whatever a broken installation raises is what is to be shown
-                        yield case | {"passed": False, "error": f"{type(failure).__name__}: {failure}"}
+                        text = str(failure).partition("\n")[0]
+                        yield case | {"passed": False, "error": f"{type(failure).__name__}: {text}"}
                     else:
                         yield case | {"passed": error <= allowed, "error": f"{error:.1e}"}
 
