@@ -11,7 +11,7 @@ from memattn import backends
 from memattn.ops import gated_delta_rule, gated_delta_rule_step
 
 CASE = replace(BASE, batch=2, length=6)
-PACKED = replace(CASE, batch=1)
+PACKED = replace(CASE, batch=1, state=False)
 
 
 def x(*shape, dtype=torch.float32, device="cpu"):
@@ -145,3 +145,18 @@ def test_fallback_warns_once_with_its_cause(monkeypatch):
         gated_delta_rule(**CASE.make())
         gated_delta_rule(**CASE.make())
     assert len(caught) == 1
+
+
+def test_checks_remembered_for_one_call_do_not_pass_another():
+    inputs = CASE.make()
+    gated_delta_rule(**inputs)
+    with pytest.raises(ValueError, match="g has a value of 0.25; a natural-log decay must be ≤ 0"):
+        gated_delta_rule(**{**inputs, "g": inputs["g"].abs() * 0 + 0.25})
+    with pytest.raises(ValueError, match="chunk_size is 8"):
+        gated_delta_rule(**inputs, chunk_size=8)
+    nan = inputs["g"].clone()
+    nan[0, 0, 0] = float("nan")
+    assert gated_delta_rule(**{**inputs, "g": nan})[0].isnan().any(), "a NaN gate is data: it propagates"
+    nan[0, 1, 0] = 2.0
+    with pytest.raises(ValueError, match="g has a value of 2"):
+        gated_delta_rule(**{**inputs, "g": nan})

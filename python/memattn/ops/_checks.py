@@ -62,6 +62,39 @@ def head_dim(op: str, name: str, size: int) -> None:
         raise ValueError(f"{op}: head dimension {name} is {size}; allowed: 16..256")
 
 
+class Passed:
+    """Signatures (shapes, dtypes, devices) that passed all metadata checks, so that a decode loop pays for them once."""
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._signatures: set[tuple] = set()
+
+    def signature(self, *inputs: object) -> tuple | None:
+        """What the metadata checks depend on; None while compiling and for inputs that are no tensors or constants."""
+        if torch.compiler.is_compiling():
+            return None
+        parts: list[object] = []
+        for x in inputs:
+            if isinstance(x, Tensor):
+                parts += (x.shape, x.dtype, x.device)
+            elif x is None or isinstance(x, (int, float, str)):
+                parts.append(x)
+            else:
+                return None
+        return tuple(parts)
+
+    def __contains__(self, signature: tuple | None) -> bool:
+        return signature in self._signatures
+
+    def add(self, signature: tuple | None) -> None:
+        """Remember that `signature` passed."""
+        if signature is not None:
+            if len(self._signatures) >= self.LIMIT:
+                self._signatures.clear()
+            self._signatures.add(signature)
+
+
 def values_checked(x: Tensor) -> bool:
     """Whether values may be looked at: eager CPU calls, or anywhere eager with MEMATTN_CHECK=1."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
@@ -71,41 +104,64 @@ def values_checked(x: Tensor) -> bool:
 
 def log_gate(op: str, name: str, g: Tensor) -> None:
     """A natural-log decay is at most 0 (NaN passes and propagates)."""
-    if values_checked(g) and g.numel() and bool((g > 0).any()):
-        raise ValueError(f"{op}: {name} has a value of {g.max().item():.6g}; a natural-log decay must be ≤ 0")
+    if not values_checked(g) or not g.numel():
+        return
+    highest = g.max().item()
+    if not highest <= 0 and bool((g > 0).any()):  # a NaN is the maximum of anything
+        highest = g.nan_to_num(-torch.inf, torch.inf).max().item()
+        raise ValueError(f"{op}: {name} has a value of {highest:.6g}; a natural-log decay must be ≤ 0")
 
 
-def cu_seqlens(op: str, x: Tensor, q: Tensor) -> None:
+def cu_seqlens(op: str, x: Tensor, like: Tensor) -> None:
     """Packed sequence bounds: [N+1] int32/int64, 0 = x[0] ≤ x[1] ≤ … ≤ x[N] = T, with B = 1."""
+    cu_seqlens_layout(op, x, like)
+    cu_seqlens_values(op, x, like)
+
+
+def cu_seqlens_layout(op: str, x: Tensor, like: Tensor) -> None:
+    """The part of `cu_seqlens` that reads no values."""
     rank(op, "cu_seqlens", x, "[N+1]")
     dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
-    device(op, "cu_seqlens", x, q, "q")
+    device(op, "cu_seqlens", x, like, "q")
     if x.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens has {x.shape[0]} entries; expected N+1 ≥ 2")
-    if q.shape[0] != 1:
-        raise ValueError(f"{op}: batch size is {q.shape[0]} with cu_seqlens; packed sequences need batch size 1")
-    if values_checked(x):
-        bounds = x.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[1]:
-            raise ValueError(
-                f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {q.shape[1]}"
-            )
-        for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if b < a:
-                raise ValueError(f"{op}: cu_seqlens falls from {a} to {b} at entry {n + 1}; it must not decrease")
+    if like.shape[0] != 1:
+        raise ValueError(f"{op}: batch size is {like.shape[0]} with cu_seqlens; packed sequences need batch size 1")
 
 
-def state_indices(op: str, x: Tensor, batch: int, pool: int, q: Tensor) -> None:
+def cu_seqlens_values(op: str, x: Tensor, like: Tensor) -> None:
+    """The part of `cu_seqlens` that reads values."""
+    if not values_checked(x):
+        return
+    bounds = x.tolist()
+    if bounds[0] != 0 or bounds[-1] != like.shape[1]:
+        raise ValueError(
+            f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {like.shape[1]}"
+        )
+    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"{op}: cu_seqlens falls from {a} to {b} at entry {n + 1}; it must not decrease")
+
+
+def state_indices(op: str, x: Tensor, batch: int, pool: int, like: Tensor) -> None:
     """One row of the state pool per batch row, −1 for padding: [B] int32/int64 with values −1..P−1."""
+    state_indices_layout(op, x, batch, like)
+    state_indices_values(op, x, pool)
+
+
+def state_indices_layout(op: str, x: Tensor, batch: int, like: Tensor) -> None:
+    """The part of `state_indices` that reads no values."""
     shape(op, "state_indices", x, "[B]", (batch,))
     dtype(op, "state_indices", x, (torch.int32, torch.int64))
-    device(op, "state_indices", x, q, "q")
+    device(op, "state_indices", x, like, "q")
+
+
+def state_indices_values(op: str, x: Tensor, pool: int) -> None:
+    """The part of `state_indices` that reads values."""
     if values_checked(x) and x.numel():
         low, high = x.aminmax()
         if int(low) < -1 or int(high) >= pool:
-            raise ValueError(
-                f"{op}: state_indices holds {int(low)}..{int(high)}; allowed: -1 (padding)..{pool - 1}"
-            )
+            raise ValueError(f"{op}: state_indices holds {int(low)}..{int(high)}; allowed: -1 (padding)..{pool - 1}")
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence) -> None:

@@ -123,6 +123,7 @@ backends.register(STEP, "cuda", Limits(("cuda",), _16_32, backends.needs_native(
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(STEP, "chunked", Limits(_ANYWHERE.devices, check.FLOATS, backends.always))
 
+_PASSED = check.Passed()
 _OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 _STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
@@ -159,8 +160,19 @@ def _check_inputs(op, q, k, v, g, beta):
             check.shape(op, name, x, "[B, T, HV]", v.shape[:3])
         check.dtype(op, name, x, allowed, " like q" if name in ("k", "v") else f" with {check.dtype_name(q.dtype)} q")
         check.device(op, name, x, q, "q")
-    if g is not None:
-        check.log_gate(op, "g", g)
+
+
+def _check_settings(erase, write, erase_from, chunk_size, checkpoint_every):
+    if erase is not None or write is not None:
+        name = "erase" if erase is not None else "write"
+        raise NotImplementedError(f"{OP}: {name} is given; separate erase and write gates have no kernel yet, use beta")
+    check.choice(OP, "erase_from", erase_from, ("decayed", "previous"))
+    if erase_from == "previous":
+        raise NotImplementedError(f"{OP}: erase_from is 'previous', which has no kernel yet; allowed: 'decayed'")
+    if chunk_size is not None:
+        check.choice(OP, "chunk_size", chunk_size, CHUNK_SIZES)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"{OP}: checkpoint_every is {checkpoint_every}; expected a number of chunks ≥ 1")
 
 
 def _check_state(op, name, state, n, q, v):
@@ -217,22 +229,22 @@ def gated_delta_rule(
     Raises ValueError (shapes, values), TypeError (dtypes), NotImplementedError (g per channel, erase, write,
     erase_from="previous"), BackendError (a named backend that cannot serve).
     """
-    if erase is not None or write is not None:
-        name = "erase" if erase is not None else "write"
-        raise NotImplementedError(f"{OP}: {name} is given; separate erase and write gates have no kernel yet, use beta")
-    check.choice(OP, "erase_from", erase_from, ("decayed", "previous"))
-    if erase_from == "previous":
-        raise NotImplementedError(f"{OP}: erase_from is 'previous', which has no kernel yet; allowed: 'decayed'")
-    _check_inputs(OP, q, k, v, g, beta)
+    signature = _PASSED.signature(
+        q, k, v, g, beta, initial_state, cu_seqlens, erase, write, erase_from, chunk_size, checkpoint_every
+    )
+    if signature not in _PASSED:
+        _check_settings(erase, write, erase_from, chunk_size, checkpoint_every)
+        _check_inputs(OP, q, k, v, g, beta)
+        if cu_seqlens is not None:
+            check.cu_seqlens_layout(OP, cu_seqlens, q)
+        if initial_state is not None:
+            n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            _check_state(OP, "initial_state", initial_state, n, q, v)
+        _PASSED.add(signature)
+    if g is not None:
+        check.log_gate(OP, "g", g)
     if cu_seqlens is not None:
-        check.cu_seqlens(OP, cu_seqlens, q)
-    if initial_state is not None:
-        n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state(OP, "initial_state", initial_state, n, q, v)
-    if chunk_size is not None:
-        check.choice(OP, "chunk_size", chunk_size, CHUNK_SIZES)
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"{OP}: checkpoint_every is {checkpoint_every}; expected a number of chunks ≥ 1")
+        check.cu_seqlens_values(OP, cu_seqlens, q)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     save = _needs_grad(q, k, v, g, beta, initial_state)
     features = (("backward",) if save else ()) + (("packed",) if cu_seqlens is not None else ())
@@ -272,17 +284,24 @@ def gated_delta_rule_step(
 
     Raises ValueError, TypeError, BackendError as `gated_delta_rule`; RuntimeError when an input requires grad.
     """
-    _check_inputs(STEP, q, k, v, g, beta)
-    if q.shape[1] < 1:
-        raise ValueError(f"{STEP}: q has {q.shape[1]} tokens; expected at least 1")
-    check.rank(STEP, "state", state, "[P, HV, K, V]")
-    _check_state(STEP, "state", state, q.shape[0] if state_indices is None else state.shape[0], q, v)
+    signature = _PASSED.signature(q, k, v, g, beta, state, state_indices)
+    if signature not in _PASSED:
+        _check_inputs(STEP, q, k, v, g, beta)
+        if q.shape[1] < 1:
+            raise ValueError(f"{STEP}: q has {q.shape[1]} tokens; expected at least 1")
+        check.rank(STEP, "state", state, "[P, HV, K, V]")
+        _check_state(STEP, "state", state, q.shape[0] if state_indices is None else state.shape[0], q, v)
+        if state_indices is not None:
+            check.state_indices_layout(STEP, state_indices, q.shape[0], q)
+        _PASSED.add(signature)
     if not state.is_contiguous():
         raise ValueError(
             f"{STEP}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous"
         )
+    if g is not None:
+        check.log_gate(STEP, "g", g)
     if state_indices is not None:
-        check.state_indices(STEP, state_indices, q.shape[0], state.shape[0], q)
+        check.state_indices_values(STEP, state_indices, state.shape[0])
     if _needs_grad(q, k, v, g, beta, state):
         raise RuntimeError(
             f"{STEP}: an input requires grad; the step is for inference only, "
