@@ -94,6 +94,7 @@ class Contest:
             "flops": work.flops,
             "floor_ms": 1e3 * seconds,
             "bound": bound,
+            "goal": self.entry.goals.get((self.mode, self.dtype_name, self.case.name)),
             "candidates": [o.summary() for o in self.outcomes(choice)],
         }
 

@@ -51,6 +51,7 @@ class Entry:
     ceiling: Mapping[torch.dtype, float]
     mutated: Mapping[str, tuple[str, ...]]  # mode: inputs the call may change
     peers: tuple[str, ...]
+    goals: Mapping[tuple[str, str, str], float]  # (mode, dtype, case name) -> times faster than transformers
 
 
 def load(op: str) -> Entry:

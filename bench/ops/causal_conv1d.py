@@ -138,4 +138,5 @@ ENTRY = Entry(
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=("torch_conv1d",),
+    goals={},
 )

@@ -57,6 +57,20 @@ GPU = {
 }
 
 
+# Times faster than Hugging Face's torch function on two cores, as set out for the first CPU shapes.
+GOALS = {
+    (mode, dtype, CPU[group][0].name): times
+    for mode, group, dtype, times in (
+        ("fwd", "training", "float32", 3),
+        ("fwd", "training", "bfloat16", 10),
+        ("fwdbwd", "training", "float32", 5),
+        ("fwdbwd", "training", "bfloat16", 14),
+        ("step", "decode", "float32", 6),
+        ("step", "decode", "bfloat16", 6),
+    )
+}
+
+
 def shapes(device: str, mode: str) -> list[tuple[str, Case]]:
     """(group, case) pairs timed in `mode`."""
     table = GPU if device == "cuda" else CPU
@@ -217,4 +231,5 @@ ENTRY = Entry(
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=("huggingface", "fla"),
+    goals=GOALS,
 )
