@@ -1,5 +1,6 @@
 """The ops: one file each, with equation, shapes, errors and source in its docstring."""
 
+from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "gated_delta_rule", "gated_delta_rule_step"]
