@@ -6,11 +6,7 @@
 //   S1 = e^{G_C} S0 + KT (e^{G_C-G} Vn)
 // This residual form needs no W = T (beta e^G K), so 3 products of C K V and 4 half products of C C max(K, V) per chunk.
 // Only differences of G are exponentiated, after masking; T is always computed in the accumulate type.
-//
-// An item is a sequence and a key head with (some of) its value heads. It is one task on one thread, chunk after chunk in
-// cache; or, when there are too few items for the threads, groups of its chunks are prepared in parallel and then scanned
-// in parallel over value heads and column blocks of V. Every element is summed in the same order in both.
-#include "gated_delta_rule.h"
+#include "gated_delta_rule_items.h"
 
 #include <tuple>
 
@@ -18,12 +14,6 @@ namespace memattn::cpu {
 namespace {
 
 constexpr const char* kOp = "gated_delta_rule_cpu";
-
-struct Item {
-  int64_t sequence, head, first_value_head;
-  int value_heads;
-  int64_t chunks;
-};
 
 struct Outputs {
   void* o;                            // like v
@@ -86,18 +76,11 @@ class Forward {
 
  public:
   Forward(const DeltaRule& rule, const Primitives<E>& isa, const Outputs& out)
-      : rule_(rule), isa_(isa), out_(out), s_(rule, isa.unit) {}
-
-  void run(int64_t threads) {
-    make_items();
-    std::vector<int64_t> cost;
-    for (const Item& item : items_) cost.push_back((item.chunks + 1) * item.value_heads);
-    const WorkPlan plan = plan_work(cost, threads);
-    run_shared(plan.shared, threads);
-    run_whole(plan.whole, threads);
+      : rule_(rule), isa_(isa), out_(out), s_(rule, isa.unit) {
+    const int64_t state_bytes = state_size() * int64_t{sizeof(Acc)};
+    heads_per_item_ = std::clamp<int64_t>(kScratchPerThread / 2 / state_bytes, 1, rule.group());
   }
 
- private:
   // States, slots and temporaries of the items being worked on.
   struct Workspace {
     std::vector<Acc*> states;  // one per value head of every item
@@ -105,22 +88,9 @@ class Forward {
     std::vector<ForwardTemporaries<E>> temporaries;
   };
 
-  int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
+  void run(int64_t threads) { run_items(*this, make_items(rule_, heads_per_item_), threads, isa_); }
 
-  void make_items() {
-    const int64_t half = kScratchPerThread / 2, state_bytes = state_size() * int64_t{sizeof(Acc)};
-    heads_per_item_ = static_cast<int>(std::clamp<int64_t>(half / state_bytes, 1, rule_.group()));
-    for (int64_t n = 0; n < rule_.sequences.count(); ++n) {
-      for (int64_t head = 0; head < rule_.heads; ++head) {
-        for (int64_t first = 0; first < rule_.group(); first += heads_per_item_) {
-          const int count = static_cast<int>(std::min<int64_t>(heads_per_item_, rule_.group() - first));
-          items_.push_back({n, head, head * rule_.group() + first, count, rule_.sequences.chunks(n, rule_.chunk_size)});
-        }
-      }
-    }
-  }
-
-  Workspace make_workspace(Arena& arena, int64_t items, int64_t chunks, int64_t workers) const {
+  Workspace workspace(Arena& arena, int64_t items, int64_t chunks, int64_t workers, bool /*shared*/) const {
     Workspace w;
     for (int64_t i = 0; i < items * heads_per_item_; ++i) w.states.push_back(arena.take<Acc>(state_size()));
     for (int64_t i = 0; i < items * chunks; ++i) w.slots.emplace_back(arena, s_, heads_per_item_);
@@ -128,88 +98,48 @@ class Forward {
     return w;
   }
 
-  void run_whole(const std::vector<int64_t>& whole, int64_t threads) {
-    const int64_t count = static_cast<int64_t>(whole.size()), workers = std::min(threads, count);
-    if (count == 0) return;
-    const size_t bytes = bytes_of([&](Arena& arena) { make_workspace(arena, 1, 1, 1); });
-    Scratch scratch(bytes * workers);
-    std::vector<Workspace> workspaces;
-    for (int64_t worker = 0; worker < workers; ++worker) {
-      Arena arena(scratch.data() + bytes * worker);
-      workspaces.push_back(make_workspace(arena, 1, 1, 1));
-    }
-    const auto serial = [](int64_t tasks, const auto& task) {
-      for (int64_t i = 0; i < tasks; ++i) task(i, 0);
+  int64_t chunks_alone() const { return 1; }
+
+  // As many as the scratch allows.
+  int64_t chunks_shared(int64_t items, int64_t most, int64_t threads) const {
+    const auto bytes = [&](int64_t chunks) {
+      return static_cast<int64_t>(bytes_of([&](Arena& arena) { workspace(arena, items, chunks, threads, true); }));
     };
-    parallel_tasks(count, workers, isa_, [&](int64_t i, int64_t worker) {
-      process(&items_[whole[i]], 1, workspaces[worker], 1, 1, serial);
-    });
+    const int64_t fixed = bytes(0), per_chunk = bytes(1) - fixed;
+    return std::clamp<int64_t>((kScratchPerThread * threads - fixed) / per_chunk, 1, std::max<int64_t>(most, 1));
   }
 
-  // Batches of items, as many chunks of each in flight as the scratch allows.
-  void run_shared(const std::vector<int64_t>& shared, int64_t threads) {
-    const int64_t count = static_cast<int64_t>(shared.size());
-    const auto parallel = [&](int64_t tasks, const auto& task) { parallel_tasks(tasks, threads, isa_, task); };
-    for (int64_t first = 0; first < count; first += threads) {
-      std::vector<Item> batch;
-      for (int64_t i = first; i < std::min(first + threads, count); ++i) batch.push_back(items_[shared[i]]);
-      const int64_t items = static_cast<int64_t>(batch.size());
-      const auto bytes = [&](int64_t chunks) {
-        return static_cast<int64_t>(bytes_of([&](Arena& arena) { make_workspace(arena, items, chunks, threads); }));
-      };
-      const int64_t fixed = bytes(0), per_chunk = bytes(1) - fixed;
-      const int64_t most = std::max_element(batch.begin(), batch.end(), [](const Item& a, const Item& b) {
-                             return a.chunks < b.chunks;
-                           })->chunks;
-      const int64_t budget = (kScratchPerThread * threads - fixed) / per_chunk;
-      const int64_t chunks = std::clamp<int64_t>(budget, 1, std::max<int64_t>(most, 1));
-      Scratch scratch(bytes(chunks));
-      Arena arena(scratch.data());
-      Workspace workspace = make_workspace(arena, items, chunks, threads);
-      process(batch.data(), items, workspace, chunks, threads, parallel);
-    }
-  }
-
-  // All chunks of `count` items, `wave` chunks at a time. each(n, task) runs task(i, worker) for all i < n.
   template <class Each>
   void process(const Item* items, int64_t count, Workspace& w, int64_t wave, int64_t threads, const Each& each) {
-    const int64_t heads = count * heads_per_item_;
-    const int64_t blocks = column_blocks(heads, threads), width = round_up_to_unit(s_.value_dim, blocks);
-    const auto head_exists = [&](int64_t i) { return i % heads_per_item_ < items[i / heads_per_item_].value_heads; };
-    each(heads, [&](int64_t i, int64_t) {
-      if (head_exists(i)) start_state(items[i / heads_per_item_], i % heads_per_item_, w.states[i]);
+    const int64_t heads = count * heads_per_item_, most = most_chunks(items, count);
+    const ColumnBlocks blocks(s_, heads, threads);
+    const auto item_of = [&](int64_t head) -> const Item& { return items[head / heads_per_item_]; };
+    const auto exists = [&](int64_t head) { return head % heads_per_item_ < item_of(head).value_heads; };
+    each(heads, [&](int64_t head, int64_t) {
+      if (exists(head)) start_state(item_of(head), head % heads_per_item_, w.states[head]);
     });
-    int64_t most = 0;
-    for (int64_t i = 0; i < count; ++i) most = std::max(most, items[i].chunks);
     for (int64_t first = 0; first < most; first += wave) {
       each(count * wave, [&](int64_t i, int64_t worker) {
-        const Item& item = items[i / wave];
-        if (first + i % wave < item.chunks) prepare(item, first + i % wave, w.slots[i], w.temporaries[worker]);
+        const int64_t chunk = first + i % wave;
+        if (chunk < items[i / wave].chunks) prepare(items[i / wave], chunk, w.slots[i], w.temporaries[worker]);
       });
-      each(heads * blocks, [&](int64_t i, int64_t worker) {
-        const int64_t head = i / blocks;
-        const Item& item = items[head / heads_per_item_];
-        const int begin = static_cast<int>(i % blocks * width), end = static_cast<int>(std::min<int64_t>(begin + width, s_.value_dim));
-        if (!head_exists(head) || begin >= end) return;
-        for (int64_t c = first; c < std::min(first + wave, item.chunks); ++c) {
-          const ChunkSlot<E>& slot = w.slots[head / heads_per_item_ * wave + c - first];
-          scan(item, head % heads_per_item_, c, slot, w.states[head], w.temporaries[worker], begin, end);
+      each(heads * blocks.count, [&](int64_t i, int64_t worker) {
+        const int64_t head = i / blocks.count, block = i % blocks.count;
+        if (!exists(head)) return;
+        for (int64_t chunk = first; chunk < std::min(first + wave, item_of(head).chunks); ++chunk) {
+          const ChunkSlot<E>& slot = w.slots[head / heads_per_item_ * wave + chunk - first];
+          scan(item_of(head), head % heads_per_item_, chunk, slot, w.states[head], w.temporaries[worker],
+               blocks.begin(block), blocks.end(block));
         }
       });
     }
-    each(heads, [&](int64_t i, int64_t) {
-      if (head_exists(i)) finish_state(items[i / heads_per_item_], i % heads_per_item_, w.states[i]);
+    each(heads, [&](int64_t head, int64_t) {
+      if (exists(head)) finish_state(item_of(head), head % heads_per_item_, w.states[head]);
     });
   }
 
-  // Column blocks of V per value head: two tasks per thread, of at least 32 columns.
-  int64_t column_blocks(int64_t heads, int64_t threads) const {
-    if (threads == 1) return 1;
-    return std::clamp<int64_t>((2 * threads + heads - 1) / heads, 1, std::max(1, s_.value_dim / 32));
-  }
-  int64_t round_up_to_unit(int64_t columns, int64_t blocks) const {
-    return round_up(static_cast<int>((columns + blocks - 1) / blocks), std::max(32, s_.unit));
-  }
+ private:
+  int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
 
   int64_t state_row(const Item& item, int64_t head) const {
     return (item.sequence * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
@@ -293,8 +223,7 @@ class Forward {
   const Primitives<E>& isa_;
   const Outputs out_;
   const BlockSizes s_;
-  int heads_per_item_ = 1;
-  std::vector<Item> items_;
+  int64_t heads_per_item_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_delta_rule(

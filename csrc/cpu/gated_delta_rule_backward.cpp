@@ -1,0 +1,496 @@
+// Gated delta rule, backward. Symbols as in gated_delta_rule.cpp; rows of one chunk, given dO and dS1:
+//   dVn = AT dO + e^{G_C-G} (K dS1)      dX = TT dVn      dV = beta dX      dR = -beta e^G dX
+//   dS0 = e^{G_C} dS1 + [K; Q]T [dR; scale e^G dO]
+//   M1 = tril(scale (dO VnT) e^{Gi-Gj})  M2 = -stril((dX VnT) e^{Gi-Gj})  N2 = beta_i M2
+//   dQ = scale e^G (dO S0T) + M1 K
+//   dK = dR S0T + e^{G_C-G} (Vn dS1T) + M1T Q + N2 K + N2T K
+//   dbeta_i = <dX_i, E_i> + sum_j M2_ij (k_i.k_j)
+//   dG_i = <q_i, scale e^G (dO S0T)_i> + <k_i, (dR S0T)_i> - h_i + sum_j (e_ij - e_ji),
+//     e_ij = M1_ij (q_i.k_j) + N2_ij (k_i.k_j),  h_i = <k_i, e^{G_C-G} (Vn dS1T)_i>;  the last row adds
+//     sum_i h_i + e^{G_C} <S0, dS1>;  dg is the reverse cumulative sum of dG in the chunk
+// dX = TT dVn needs no gradient of the inverse. The e_ij are summed from the products themselves: their row and column
+// sums cancel in dg, and would not if each came from another product of rounded operands.
+//
+// From the saved T and the states of every checkpoint_every-th chunk: per group of chunks, last group first, a forward
+// scan rebuilds S0, E and Vn of its chunks, then a reverse scan runs the lines above.
+#include "gated_delta_rule_items.h"
+
+#include <cstring>
+#include <tuple>
+
+namespace memattn::cpu {
+namespace {
+
+constexpr const char* kOp = "gated_delta_rule_cpu_backward";
+
+struct Gradients {
+  const void *d_o, *dfinal_state;  // like v; accumulate type or null
+  const void *solve, *states;
+  void *dq, *dk, *dv, *dg, *dbeta, *dinitial_state;  // the last three may be null
+};
+
+// What the forward scan leaves for one value head of one chunk.
+template <class E>
+struct RebuiltHead {
+  using Acc = AccumulateOf<E>;
+  GateBlock<Acc> gates;
+  Acc *solve, *error, *fresh, *state;  // T, E, Vn, S0
+  E *solve_left_buffer, *solve_right_buffer;
+  Left<E> solve_left{};
+  Right<E> solve_right{};
+
+  RebuiltHead(Arena& arena, const BlockSizes& s)
+      : gates(arena, s),
+        solve(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        error(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
+        fresh(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
+        state(arena.take<Acc>(int64_t{s.key_dim} * s.ld_value)),
+        solve_left_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))),
+        solve_right_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
+};
+
+template <class E>
+struct RebuiltChunk {
+  KeyBlock<E> keys;
+  std::vector<RebuiltHead<E>> heads;
+
+  RebuiltChunk(Arena& arena, const BlockSizes& s, int64_t value_heads) : keys(arena, s) {
+    for (int64_t i = 0; i < value_heads; ++i) heads.emplace_back(arena, s);
+  }
+};
+
+// What the reverse scan has in hand for one value head of one chunk. An item that is one task has one for all chunks.
+template <class E>
+struct ReverseHead {
+  using Acc = AccumulateOf<E>;
+  Acc *decay, *attention;  // e^{Gi-Gj}, A
+  Acc* grads;              // dX over dO [2 C, V]
+  Acc* row_factor;         // -beta e^G over scale e^G [2 C]
+  Acc* dstate;             // dS1 as it was when the scan passed; only where chunks are shared
+  E* attention_buffer;
+  Right<E> attention_right{};
+
+  ReverseHead(Arena& arena, const BlockSizes& s, bool shared)
+      : decay(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        attention(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        grads(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_value)),
+        row_factor(arena.take<Acc>(2 * s.chunk)),
+        dstate(arena.take<Acc>(shared ? int64_t{s.key_dim} * s.ld_value : 0)),
+        attention_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
+};
+
+template <class E>
+struct BackwardTemporaries {
+  using Acc = AccumulateOf<E>;
+  E *key_value, *grads_operand, *grads_right, *chunk_value;  // operands [K or V, V or K], [2 C, V] twice, [C, V]
+  E *chunk_chunk, *chunk_chunk_too;                          // operands [C, C]
+  Acc *values, *inter, *dkq;                                 // [C, V], [2 C, K] twice
+  Acc *da, *dxv, *m1, *n2;                                   // [C, C]
+  Acc *row, *dgate, *dbeta;                                  // [2 C], [C], [C]; row also [K]
+
+  BackwardTemporaries(Arena& arena, const BlockSizes& s) {
+    const int64_t wide = std::max(s.ld_key, s.ld_value), tall = std::max(std::max(s.key_dim, s.value_dim), s.chunk);
+    key_value = arena.take<E>(tall * std::max<int64_t>(wide, s.ld_chunk));
+    grads_operand = arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_value));
+    grads_right = arena.take<E>(int64_t{2} * s.chunk * s.ld_value);
+    chunk_value = arena.take<E>(int64_t{s.chunk} * s.ld_value);
+    chunk_chunk = arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk));
+    chunk_chunk_too = arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk));
+    values = arena.take<Acc>(int64_t{s.chunk} * s.ld_value);
+    inter = arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key);
+    dkq = arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key);
+    for (Acc** block : {&da, &dxv, &m1, &n2}) *block = arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk);
+    row = arena.take<Acc>(std::max(2 * s.chunk, s.key_dim));
+    dgate = arena.take<Acc>(s.chunk);
+    dbeta = arena.take<Acc>(s.chunk);
+  }
+};
+
+template <class E>
+class Backward {
+  using Acc = AccumulateOf<E>;
+  static constexpr Element kAcc = element_of_accumulate<Acc>();
+
+ public:
+  Backward(const DeltaRule& rule, const Primitives<E>& isa, const Gradients& grads)
+      : rule_(rule), isa_(isa), grads_(grads), s_(rule, isa.unit) {}
+
+  struct Workspace {
+    bool shared;
+    int64_t chunks;
+    std::vector<Acc*> dstates;  // dS1, one per value head of every item
+    std::vector<RebuiltChunk<E>> rebuilt;
+    std::vector<ReverseHead<E>> reverse;
+    std::vector<BackwardTemporaries<E>> temporaries;
+
+    ReverseHead<E>& reverse_head(int64_t item, int64_t chunk, int64_t head, int64_t group) {
+      return reverse[shared ? (item * chunks + chunk) * group + head : 0];
+    }
+  };
+
+  void run(int64_t threads) { run_items(*this, make_items(rule_, rule_.group()), threads, isa_); }
+
+  Workspace workspace(Arena& arena, int64_t items, int64_t chunks, int64_t workers, bool shared) const {
+    Workspace w{shared, chunks, {}, {}, {}, {}};
+    for (int64_t i = 0; i < items * rule_.group(); ++i) w.dstates.push_back(arena.take<Acc>(state_size()));
+    for (int64_t i = 0; i < items * chunks; ++i) w.rebuilt.emplace_back(arena, s_, rule_.group());
+    for (int64_t i = 0; i < (shared ? items * chunks * rule_.group() : 1); ++i) w.reverse.emplace_back(arena, s_, shared);
+    for (int64_t i = 0; i < workers; ++i) w.temporaries.emplace_back(arena, s_);
+    return w;
+  }
+
+  int64_t chunks_alone() const {
+    int64_t most = 1;
+    for (int64_t n = 0; n < rule_.sequences.count(); ++n) most = std::max(most, rule_.sequences.chunks(n, rule_.chunk_size));
+    return std::min(most, rule_.checkpoint_every);
+  }
+  int64_t chunks_shared(int64_t, int64_t most, int64_t) const {
+    return std::clamp<int64_t>(most, 1, rule_.checkpoint_every);
+  }
+
+  template <class Each>
+  void process(const Item* items, int64_t count, Workspace& w, int64_t span, int64_t threads, const Each& each) {
+    const int64_t group = rule_.group(), every = rule_.checkpoint_every, most = most_chunks(items, count);
+    const ColumnBlocks blocks(s_, count * group, threads);
+    each(count * group, [&](int64_t i, int64_t) { start_dstate(items[i / group], i % group, w.dstates[i]); });
+    for (int64_t back = 1; back <= (most + every - 1) / every; ++back) {
+      // Each item counts its own groups from its end.
+      const auto first_chunk = [&](int64_t item) { return ((items[item].chunks + every - 1) / every - back) * every; };
+      const auto chunk_count = [&](int64_t item) {
+        return first_chunk(item) < 0 ? 0 : std::min(every, items[item].chunks - first_chunk(item));
+      };
+      each(count * span, [&](int64_t i, int64_t worker) {
+        const int64_t item = i / span, c = i % span;
+        if (c < chunk_count(item)) {
+          prepare(items[item], first_chunk(item) + c, &w.rebuilt[item * span], w.rebuilt[i], w.temporaries[worker]);
+        }
+      });
+      each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
+        const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
+        for (int64_t c = 0; c < chunk_count(item); ++c) {
+          Acc* next = c + 1 < chunk_count(item) ? w.rebuilt[item * span + c + 1].heads[head].state : nullptr;
+          rebuild(items[item], head, w.rebuilt[item * span + c], next, w.temporaries[worker], blocks.begin(block),
+                  blocks.end(block));
+        }
+      });
+      if (w.shared) {
+        reverse_shared(items, count, w, blocks, chunk_count, each);
+      } else if (chunk_count(0) > 0) {
+        reverse_alone(items[0], w, chunk_count(0));
+      }
+    }
+    each(count * group, [&](int64_t i, int64_t) { finish_dstate(items[i / group], i % group, w.dstates[i]); });
+  }
+
+ private:
+  int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
+
+  // One thread: each chunk's gradients while its data is in cache.
+  void reverse_alone(const Item& item, Workspace& w, int64_t chunks) {
+    BackwardTemporaries<E>& t = w.temporaries[0];
+    ReverseHead<E>& reverse = w.reverse[0];
+    for (int64_t c = chunks - 1; c >= 0; --c) {
+      RebuiltChunk<E>& chunk = w.rebuilt[c];
+      start_key_gradients(chunk.keys, t);
+      for (int64_t head = 0; head < rule_.group(); ++head) {
+        prepare_reverse(chunk, head, reverse, t);
+        reverse_values(item, head, chunk, reverse, w.dstates[head], t, 0, s_.value_dim);
+        chunk_gradients(item, head, chunk, reverse, w.dstates[head], t);
+        reverse_state(head, chunk, reverse, w.dstates[head], t, 0, s_.value_dim);
+      }
+      finish_key_gradients(item, chunk.keys, t);
+    }
+  }
+
+  // All threads: the scan over column blocks, which keeps every dS1, then the chunks.
+  template <class Count, class Each>
+  void reverse_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks, const Count& chunk_count,
+                      const Each& each) {
+    const int64_t group = rule_.group();
+    each(count * w.chunks * group, [&](int64_t i, int64_t worker) {
+      const int64_t slot = i / group, item = slot / w.chunks, head = i % group;
+      if (slot % w.chunks < chunk_count(item)) prepare_reverse(w.rebuilt[slot], head, w.reverse[i], w.temporaries[worker]);
+    });
+    each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
+      const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
+      const int begin = blocks.begin(block), end = blocks.end(block);
+      BackwardTemporaries<E>& t = w.temporaries[worker];
+      Acc* dstate = w.dstates[item * group + head];
+      for (int64_t c = chunk_count(item) - 1; c >= 0; --c) {
+        RebuiltChunk<E>& chunk = w.rebuilt[item * w.chunks + c];
+        ReverseHead<E>& reverse = w.reverse_head(item, c, head, group);
+        reverse_values(items[item], head, chunk, reverse, dstate, t, begin, end);
+        copy_columns(reverse.dstate, dstate, begin, end);
+        reverse_state(head, chunk, reverse, dstate, t, begin, end);
+      }
+    });
+    each(count * w.chunks, [&](int64_t i, int64_t worker) {
+      const int64_t item = i / w.chunks, c = i % w.chunks;
+      if (c >= chunk_count(item)) return;
+      BackwardTemporaries<E>& t = w.temporaries[worker];
+      start_key_gradients(w.rebuilt[i].keys, t);
+      for (int64_t head = 0; head < group; ++head) {
+        ReverseHead<E>& reverse = w.reverse_head(item, c, head, group);
+        chunk_gradients(items[item], head, w.rebuilt[i], reverse, reverse.dstate, t);
+      }
+      finish_key_gradients(items[item], w.rebuilt[i].keys, t);
+    });
+  }
+
+  void copy_columns(Acc* to, const Acc* from, int begin, int end) const {
+    for (int i = 0; i < s_.key_dim; ++i) {
+      std::memcpy(to + int64_t{i} * s_.ld_value + begin, from + int64_t{i} * s_.ld_value + begin, sizeof(Acc) * (end - begin));
+    }
+  }
+
+  int64_t value_head(const Item& item, int64_t head) const { return item.first_value_head + head; }
+  int64_t state_row(const Item& item, int64_t head) const {
+    return (item.sequence * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.value_dim;
+  }
+  // First element of row `token` of v, do or dv.
+  int64_t value_row(const Item& item, int64_t head, int64_t token) const {
+    return (token * rule_.value_heads + value_head(item, head)) * rule_.value_dim;
+  }
+  int64_t value_stride() const { return rule_.value_heads * rule_.value_dim; }
+
+  // --- state gradients at the ends ---
+
+  void start_dstate(const Item& item, int64_t head, Acc* dstate) const {
+    const bool given = grads_.dfinal_state != nullptr;
+    const void* from = given ? offset(grads_.dfinal_state, kAcc, state_row(item, head)) : nullptr;
+    isa_.load_rows(dstate, s_.ld_value, s_.key_dim, s_.value_dim, from, kAcc, rule_.value_dim, given ? rule_.key_dim : 0,
+                   rule_.value_dim);
+  }
+
+  void finish_dstate(const Item& item, int64_t head, const Acc* dstate) const {
+    if (grads_.dinitial_state == nullptr) return;
+    isa_.store_rows(offset(grads_.dinitial_state, kAcc, state_row(item, head)), kAcc, rule_.value_dim, dstate, s_.ld_value,
+                    nullptr, rule_.key_dim, rule_.value_dim);
+  }
+
+  // --- rebuilding the forward ---
+
+  // Keys, gates and T of a chunk; the first chunk of a group also fetches its state.
+  void prepare(const Item& item, int64_t chunk, const RebuiltChunk<E>* first, RebuiltChunk<E>& r, BackwardTemporaries<E>& t) const {
+    r.keys.prepare(rule_, isa_, s_, item.sequence, chunk, item.head, t.key_value);
+    const int n = r.keys.padded, c = rule_.chunk_size, rows = std::min(n, c);
+    const int64_t slot = rule_.sequences.slot(item.sequence, chunk, c);
+    for (int64_t i = 0; i < rule_.group(); ++i) {
+      RebuiltHead<E>& head = r.heads[i];
+      head.gates.prepare(rule_, isa_, r.keys.first_token, r.keys.rows, n, value_head(item, i));
+      const int64_t at = (slot * rule_.value_heads + value_head(item, i)) * c * c;
+      isa_.load_rows(head.solve, s_.ld_chunk, n, n, offset(grads_.solve, kAcc, at), kAcc, c, rows, rows);
+      head.solve_left = as_left(isa_, head.solve_left_buffer, head.solve, s_.ld_chunk, n, n);
+      head.solve_right = as_right(isa_, head.solve_right_buffer, head.solve, s_.ld_chunk, n, n);
+      if (&r == first) load_checkpoint(item, chunk, i, head.state);
+    }
+  }
+
+  void load_checkpoint(const Item& item, int64_t chunk, int64_t head, Acc* state) const {
+    const int64_t every = rule_.checkpoint_every;
+    const int64_t slot = rule_.sequences.slot(item.sequence, chunk / every, rule_.chunk_size * every);
+    const int64_t at = (slot * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.value_dim;
+    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, offset(grads_.states, kAcc, at), kAcc, rule_.value_dim,
+                   rule_.key_dim, rule_.value_dim);
+  }
+
+  // Columns begin..end of E and Vn of one chunk, and of the next chunk's state; the forward's own operations.
+  void rebuild(const Item& item, int64_t head, RebuiltChunk<E>& r, Acc* next, BackwardTemporaries<E>& t, int begin, int end) const {
+    RebuiltHead<E>& h = r.heads[head];
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    Acc *error = h.error + begin, *fresh = h.fresh + begin;
+    const Right<E> s0 = as_right(isa_, t.key_value, h.state + begin, ld, s_.key_dim, width);
+    isa_.gemm(error, ld, r.keys.kq_left, s0, n, width, s_.key_dim, 0, Part::full);
+    const void* v = offset(rule_.v, rule_.element, value_row(item, head, r.keys.first_token) + begin);
+    isa_.load_rows(t.values, ld, n, width, v, rule_.element, value_stride(), r.keys.rows, true_width);
+    isa_.residual_rows(error, ld, h.gates.from_start, t.values, ld, n, width);
+    isa_.pack_right(t.chunk_value, ld, error, ld, h.gates.beta, n, width);
+    isa_.gemm(fresh, ld, h.solve_left, {t.chunk_value, ld}, n, width, n, 0, Part::lower_a);
+    if (next == nullptr) return;
+    copy_columns(next, h.state, begin, end);
+    isa_.pack_right(t.chunk_value, ld, fresh, ld, h.gates.to_end, n, width);
+    isa_.gemm(next + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim, width, n, h.gates.whole, Part::full);
+  }
+
+  // --- the reverse scan ---
+
+  void prepare_reverse(const RebuiltChunk<E>& r, int64_t head, ReverseHead<E>& reverse, BackwardTemporaries<E>& t) const {
+    const GateBlock<Acc>& gates = r.heads[head].gates;
+    const int n = r.keys.padded;
+    isa_.decay_matrix(reverse.decay, s_.ld_chunk, gates.high, gates.low, n);
+    isa_.chunk_scores(t.m1, reverse.attention, s_.ld_chunk, r.keys.kk, r.keys.qk, reverse.decay, gates.beta,
+                      Acc(rule_.scale), n);
+    reverse.attention_right = as_right(isa_, reverse.attention_buffer, reverse.attention, s_.ld_chunk, n, n);
+    for (int i = 0; i < n; ++i) {
+      reverse.row_factor[i] = -gates.beta[i] * gates.from_start[i];
+      reverse.row_factor[n + i] = Acc(rule_.scale) * gates.from_start[i];
+    }
+  }
+
+  // Columns begin..end of dO, dX and dV.
+  void reverse_values(const Item& item, int64_t head, const RebuiltChunk<E>& r, ReverseHead<E>& reverse, const Acc* dstate,
+                      BackwardTemporaries<E>& t, int begin, int end) const {
+    const RebuiltHead<E>& h = r.heads[head];
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    const int64_t at = value_row(item, head, r.keys.first_token) + begin;
+    Acc *dx = reverse.grads + begin, *d_o = dx + int64_t{n} * ld, *dfresh = t.values;
+    isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.element, at), rule_.element, value_stride(), r.keys.rows, true_width);
+    const Right<E> ds1 = as_right(isa_, t.key_value, dstate + begin, ld, s_.key_dim, width);
+    isa_.gemm(dfresh, ld, r.keys.kq_left, ds1, n, width, s_.key_dim, 0, Part::full);
+    isa_.scale_rows(dfresh, ld, h.gates.to_end, n, width);
+    isa_.gemm(dfresh, ld, transposed(reverse.attention_right), as_right(isa_, t.chunk_value, d_o, ld, n, width), n, width, n, 1,
+              Part::upper_a);
+    isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0, Part::upper_a);
+    isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld, h.gates.beta, r.keys.rows,
+                    true_width);
+  }
+
+  // Columns begin..end of dS1 become those of dS0.
+  void reverse_state(int64_t head, const RebuiltChunk<E>& r, const ReverseHead<E>& reverse, Acc* dstate,
+                     BackwardTemporaries<E>& t, int begin, int end) const {
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value;
+    isa_.pack_right(t.grads_right, ld, reverse.grads + begin, ld, reverse.row_factor, 2 * n, width);
+    isa_.gemm(dstate + begin, ld, transposed(r.keys.kq_right), {t.grads_right, ld}, s_.key_dim, width, 2 * n,
+              r.heads[head].gates.whole, Part::full);
+  }
+
+  // --- gradients of one chunk ---
+
+  void start_key_gradients(const KeyBlock<E>& keys, BackwardTemporaries<E>& t) const {
+    std::fill(t.dkq, t.dkq + int64_t{2} * keys.padded * s_.ld_key, Acc(0));
+  }
+
+  // Adds this value head's part of dK and dQ, and stores its dg and dbeta.
+  void chunk_gradients(const Item& item, int64_t head, const RebuiltChunk<E>& r, const ReverseHead<E>& reverse,
+                       const Acc* dstate, BackwardTemporaries<E>& t) const {
+    const RebuiltHead<E>& h = r.heads[head];
+    const int n = r.keys.padded, ld = s_.ld_chunk;
+    const Left<E> grads = as_left(isa_, t.grads_operand, reverse.grads, s_.ld_value, 2 * n, s_.value_dim);
+
+    isa_.dot_rows(t.dbeta, reverse.grads, s_.ld_value, h.error, s_.ld_value, n, s_.value_dim);
+    isa_.pack_right_transposed(t.key_value, ld, h.fresh, s_.ld_value, n, s_.value_dim);
+    isa_.gemm(t.dxv, ld, grads, {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
+    isa_.gemm(t.da, ld, rows_from(grads, n), {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
+    isa_.chunk_scores_backward(t.m1, t.n2, ld, t.da, t.dxv, r.keys.qk, r.keys.kk, reverse.decay, h.gates.beta,
+                               Acc(rule_.scale), t.dgate, t.dbeta, n);
+
+    through_state(r, h, reverse, grads, t);
+    through_next_state(r, h, dstate, t);
+    through_scores(r, t);
+    store_gate_gradients(item, head, r.keys, t);
+  }
+
+  // dR S0T and scale e^G (dO S0T), with their part of dG.
+  void through_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const ReverseHead<E>& reverse, Left<E> grads,
+                     BackwardTemporaries<E>& t) const {
+    const int n = r.keys.padded, ld = s_.ld_key;
+    isa_.pack_right_transposed(t.key_value, ld, h.state, s_.ld_value, s_.key_dim, s_.value_dim);
+    isa_.gemm(t.inter, ld, grads, {t.key_value, ld}, 2 * n, s_.key_dim, s_.value_dim, 0, Part::full);
+    isa_.add_rows(t.dkq, ld, reverse.row_factor, t.inter, ld, 2 * n, s_.key_dim);
+    isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, 2 * n, s_.key_dim);
+    for (int i = 0; i < n; ++i) t.dgate[i] += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
+  }
+
+  // e^{G_C-G} (Vn dS1T), h and e^{G_C} <S0, dS1>.
+  void through_next_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const Acc* dstate, BackwardTemporaries<E>& t) const {
+    const int n = r.keys.padded, ld = s_.ld_key;
+    isa_.pack_right_transposed(t.key_value, ld, dstate, s_.ld_value, s_.key_dim, s_.value_dim);
+    const Left<E> fresh = as_left(isa_, t.chunk_value, h.fresh, s_.ld_value, n, s_.value_dim);
+    isa_.gemm(t.inter, ld, fresh, {t.key_value, ld}, n, s_.key_dim, s_.value_dim, 0, Part::full);
+    isa_.add_rows(t.dkq, ld, h.gates.to_end, t.inter, ld, n, s_.key_dim);
+    isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, n, s_.key_dim);
+    Acc last = 0;
+    for (int i = 0; i < n; ++i) {
+      t.dgate[i] -= h.gates.to_end[i] * t.row[i];
+      last += h.gates.to_end[i] * t.row[i];
+    }
+    isa_.dot_rows(t.row, h.state, s_.ld_value, dstate, s_.ld_value, s_.key_dim, s_.value_dim);
+    Acc overlap = 0;
+    for (int i = 0; i < s_.key_dim; ++i) overlap += t.row[i];
+    t.dgate[n - 1] += last + h.gates.whole * overlap;
+  }
+
+  // dQ += M1 K, dK += M1T Q + N2 K + N2T K.
+  void through_scores(const RebuiltChunk<E>& r, BackwardTemporaries<E>& t) const {
+    const int n = r.keys.padded, ld = s_.ld_key;
+    const Right<E> keys = r.keys.kq_right, queries = rows_from(keys, n);
+    const auto add = [&](Acc* to, Left<E> a, Right<E> b, Part part) { isa_.gemm(to, ld, a, b, n, s_.key_dim, n, 1, part); };
+    Acc *dk = t.dkq, *dq = t.dkq + int64_t{n} * ld;
+    add(dq, as_left(isa_, t.chunk_chunk, t.m1, s_.ld_chunk, n, n), keys, Part::lower_a);
+    add(dk, transposed(as_right(isa_, t.chunk_chunk_too, t.m1, s_.ld_chunk, n, n)), queries, Part::upper_a);
+    add(dk, as_left(isa_, t.chunk_chunk, t.n2, s_.ld_chunk, n, n), keys, Part::lower_a);
+    add(dk, transposed(as_right(isa_, t.chunk_chunk_too, t.n2, s_.ld_chunk, n, n)), keys, Part::upper_a);
+  }
+
+  void store_gate_gradients(const Item& item, int64_t head, const KeyBlock<E>& keys, BackwardTemporaries<E>& t) const {
+    const int64_t at = keys.first_token * rule_.value_heads + value_head(item, head);
+    if (grads_.dg) {
+      Acc* dg = static_cast<Acc*>(grads_.dg) + at;
+      double sum = 0;
+      for (int i = keys.padded - 1; i >= 0; --i) {
+        sum += t.dgate[i];
+        if (i < keys.rows) dg[i * rule_.value_heads] = static_cast<Acc>(sum);
+      }
+    }
+    if (grads_.dbeta) {
+      isa_.store_rows(offset(grads_.dbeta, rule_.beta_element, at), rule_.beta_element, rule_.value_heads, t.dbeta, 1, nullptr,
+                      keys.rows, 1);
+    }
+  }
+
+  void finish_key_gradients(const Item& item, const KeyBlock<E>& keys, BackwardTemporaries<E>& t) const {
+    const int n = keys.padded, ld = s_.ld_key;
+    if (rule_.qk_l2norm) isa_.l2norm_rows_backward(t.dkq, ld, keys.kq, ld, keys.reciprocal_norm, 2 * n, s_.key_dim);
+    const int64_t at = (keys.first_token * rule_.heads + item.head) * rule_.key_dim, stride = rule_.heads * rule_.key_dim;
+    isa_.store_rows(offset(grads_.dk, rule_.element, at), rule_.element, stride, t.dkq, ld, nullptr, keys.rows, rule_.key_dim);
+    isa_.store_rows(offset(grads_.dq, rule_.element, at), rule_.element, stride, t.dkq + int64_t{n} * ld, ld, nullptr, keys.rows,
+                    rule_.key_dim);
+  }
+
+  const DeltaRule& rule_;
+  const Primitives<E>& isa_;
+  const Gradients grads_;
+  const BlockSizes s_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
+    Tensor d_o, std::optional<Tensor> dfinal_state, Tensor q, Tensor k, Tensor v, std::optional<Tensor> g,
+    std::optional<Tensor> beta, std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, Tensor solve,
+    Tensor states, double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every) {
+  const DeltaRule rule = read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size,
+                                        checkpoint_every);
+  const SequenceLayout& sequences = rule.sequences;
+  const ScalarType type = q.scalar_type(), state = state_dtype(type);
+  const int64_t hv = rule.value_heads, c = rule.chunk_size, key_dim = rule.key_dim, value_dim = rule.value_dim;
+  check_tensor(kOp, "do", d_o, {type}, {v.size(0), v.size(1), hv, value_dim});
+  check_tensor(kOp, "dfinal_state", dfinal_state, {state}, {sequences.count(), hv, key_dim, value_dim});
+  check_tensor(kOp, "solve", solve, {state}, {sequences.slots(c), hv, c, c});
+  check_tensor(kOp, "states", states, {state}, {sequences.slots(c * checkpoint_every), hv, key_dim, value_dim});
+
+  const auto gradient_of = [&](const std::optional<Tensor>& x) {
+    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, state);
+  };
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dg = gradient_of(g), dbeta = gradient_of(beta), dinitial = gradient_of(initial_state);
+  const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
+  const Gradients gradients{d_o.const_data_ptr(),
+                            dfinal_state ? dfinal_state->const_data_ptr() : nullptr,
+                            solve.const_data_ptr(),
+                            states.const_data_ptr(),
+                            dq.mutable_data_ptr(),
+                            dk.mutable_data_ptr(),
+                            dv.mutable_data_ptr(),
+                            data(dg, g.has_value()),
+                            data(dbeta, beta.has_value()),
+                            data(dinitial, initial_state.has_value())};
+  with_primitives(type, [&](const auto& isa) { Backward(rule, isa, gradients).run(torch::stable::get_num_threads()); });
+  return {dq, dk, dv, dg, dbeta, dinitial};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(memattn, CPU, m) {
+  m.impl("gated_delta_rule_cpu_backward", TORCH_BOX(&gated_delta_rule_backward));
+}
+
+}  // namespace memattn::cpu
