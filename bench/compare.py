@@ -49,6 +49,7 @@ class Outcome:
     warm_calls: int = 0
     calls_per_block: int = 1
     seconds: list[float] = field(default_factory=list)  # per call
+    extra_mib: float | None = None  # GPU memory of one call above inputs and results
 
     def fail(self, status: str, reason: str) -> None:
         """No time for a wrong answer."""
@@ -57,6 +58,8 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """As stored in the JSON results; times in milliseconds."""
         row: dict[str, Any] = {k: getattr(self, k) for k in ("name", "version", "status", "reason", "errors")}
+        if self.extra_mib is not None:
+            row["extra_mib"] = self.extra_mib
         if self.seconds:
             ms = sorted(1e3 * s for s in self.seconds)
             row |= {"min_ms": ms[0], "median_ms": statistics.median(ms)}
@@ -210,11 +213,23 @@ class Race:
             with poisoned_allocations():
                 results = candidate.call(given)
         else:
+            held = self._memory()
             results = self.time(candidate.call, [given])[1]
+            if held is not None:
+                kept = sum(x.nbytes for x in results.values() if all(x is not y for y in given.values()))
+                outcome.extra_mib = (torch.cuda.max_memory_allocated() - held - kept) / 2**20
         errors, wrong = self.gate.judge(index, before, given, results)
         outcome.errors[when] = errors
         if wrong:
             outcome.fail("INCORRECT", f"{when} timing: {wrong}")
+
+    def _memory(self) -> int | None:
+        """GPU bytes held now, the peak counter set back to them."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
 
     def _next(self, count: int) -> list[Inputs]:
         chosen = [self.sets[(self.turn + i) % len(self.sets)] for i in range(count)]

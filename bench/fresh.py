@@ -1,4 +1,4 @@
-"""Facts that need a process of their own: import time, peak memory of one call.
+"""Facts that need a process of their own: import time, peak memory of one call on the CPU.
 
     python bench/fresh.py peak --op gated_delta_rule --mode fwd --case 0 --name "memattn cpu"
 
@@ -72,7 +72,7 @@ def tensors(x: Any) -> Iterator[Any]:
             yield from tensors(y)
 
 
-def peak(op: str, mode: str, case: int, name: str, dtype: str, device: str, wheel: Path | None) -> dict[str, Any]:
+def peak(op: str, mode: str, case: int, name: str, dtype: str, wheel: Path | None) -> dict[str, Any]:
     """Peak memory of one call of one candidate, in MiB. A small call first loads code and starts threads."""
     import torch
 
@@ -80,24 +80,16 @@ def peak(op: str, mode: str, case: int, name: str, dtype: str, device: str, whee
 
     entry = registry.load(op)
     kind = registry.DTYPES[dtype]
-    found = candidates.all_of(entry, mode, device, kind, "all", wheel)
+    found = candidates.all_of(entry, mode, "cpu", kind, "all", wheel)
     call = next(c.call for c in found if isinstance(c, candidates.Candidate) and c.name == name)
-    _, shape = entry.shapes(device, mode)[case]
-    small = entry.inputs(entry.small(shape), mode, kind, device, 1)
-    given = entry.inputs(shape, mode, kind, device, 0)
+    _, shape = entry.shapes("cpu", mode)[case]
+    small = entry.inputs(entry.small(shape), mode, kind, "cpu", 1)
+    given = entry.inputs(shape, mode, kind, "cpu", 0)
     call(small)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = call(given)
-        torch.cuda.synchronize()
-        above = torch.cuda.max_memory_allocated() - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = status_kib("VmRSS")
-        results = call(given)
-        above = (status_kib("VmHWM") - before) * 1024
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = status_kib("VmRSS")
+    results = call(given)
+    above = (status_kib("VmHWM") - before) * 1024
     kept = sum(x.nbytes for x in tensors(results) if all(x is not y for y in given.values()))
     return {
         "name": name, "mode": mode, "shape": shape.name, "dtype": dtype, "threads": torch.get_num_threads(),
@@ -117,11 +109,11 @@ def peak_in_fresh_process(**arguments: Any) -> dict[str, Any]:
 
 
 def facts(choice: Choice) -> dict[str, Any]:
-    """Import times, and peak memory of the first shape and two long ones for everybody who takes part."""
+    """Import times, and on a CPU peak memory of the first shape and two long ones for everybody who takes part."""
     from bench import candidates, registry
 
     memory = []
-    for op in choice.ops:
+    for op in choice.ops if choice.device == "cpu" else ():  # a GPU's rows have their own figure
         entry = registry.load(op)
         for mode in (m for m in choice.modes if m in entry.modes and m != "step"):
             everyone = candidates.all_of(
@@ -130,7 +122,7 @@ def facts(choice: Choice) -> dict[str, Any]:
             names = [c.name for c in everyone if isinstance(c, candidates.Candidate)]
             long = [i for i, (group, _) in enumerate(entry.shapes(choice.device, mode)) if group == "long"]
             for case, name in itertools.product([0, *long[2:5:2]], names):
-                arguments = {"op": op, "mode": mode, "case": case, "name": name, "device": choice.device}
+                arguments = {"op": op, "mode": mode, "case": case, "name": name}
                 memory.append(peak_in_fresh_process(**arguments, wheel=choice.wheel))
     return {"import": import_times(), "memory": memory}
 
@@ -144,7 +136,6 @@ def main() -> None:
     parser.add_argument("--case", type=int, default=0, help="index into the op's shapes for this device and mode")
     parser.add_argument("--name", default="memattn cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--wheel", type=Path)
     options = vars(parser.parse_args())
     if options.pop("fact") == "import":

@@ -121,16 +121,18 @@ def per_token_table(rows: list[Row]) -> list[str]:
     return ["", "### Time per token as T grows", "", *table(head, body)] if body else []
 
 
-def memory_table(facts: Row, op: str) -> list[str]:
-    """Peak memory of single calls."""
+def memory_table(rows: list[Row], facts: Row) -> list[str]:
+    """Peak memory of single calls: a fresh process each on a CPU, the allocator's counter on a GPU."""
     body = []
-    for m in (m for m in facts["memory"] if m["op"] == op):
+    for m in (m for m in facts.get("memory", []) if m["op"] == rows[0]["op"]):
         if "error" in m:
-            body.append([m["name"], "", "", f"no figure: {m['error']}", "", ""])
+            body.append([m["name"], "", "", f"no figure: {m['error']}"])
         else:
-            sizes = f"{m['extra_mib']:.1f}", f"{m['results_mib']:.1f}"
-            body.append([m["name"], TITLES[m["mode"]], f"{m['shape']} {m['dtype']}", *sizes, str(m["threads"])])
-    head = ["who", "what", "shape", "MiB above inputs and results", "results MiB", "threads"]
+            body.append([m["name"], TITLES[m["mode"]], f"{m['shape']} {m['dtype']}", f"{m['extra_mib']:.1f}"])
+    for row in rows:
+        for c in (c for c in row["candidates"] if "extra_mib" in c):
+            body.append([c["name"], TITLES[row["mode"]], shape(row), f"{c['extra_mib']:.1f}"])
+    head = ["who", "what", "shape", "MiB above inputs and results"]
     return ["", "### Peak memory of one call", "", *table(head, body)] if body else []
 
 
@@ -146,12 +148,12 @@ def import_lines(facts: Row) -> list[str]:
     return ["", "## Import", "", f"{'; '.join(times)}. {extra}"]
 
 
-def op_section(rows: list[Row], facts: Row | None, command: list[str]) -> list[str]:
+def op_section(rows: list[Row], facts: Row, command: list[str]) -> list[str]:
     """One op of a results file."""
     lines = ["", f"## {rows[0]['op']}", *goal_table(rows)]
     for mode, of_mode in itertools.groupby(rows, key=lambda r: r["mode"]):
         lines += ["", f"### {TITLES[mode].capitalize()}", "", *race_table(list(of_mode)), *command]
-    for extra in (per_token_table(rows), memory_table(facts, rows[0]["op"]) if facts else []):
+    for extra in (per_token_table(rows), memory_table(rows, facts)):
         lines += [*extra, *command] if extra else []
     absent = {(c["name"], c["reason"]) for r in rows for c in r["candidates"] if c["status"] == "UNAVAILABLE"}
     lines += ["", "### Where we lose", "", *losses(rows)]
@@ -170,7 +172,7 @@ def section(document: Row) -> list[str]:
         f"matrix product {c['float32'] / 1e9:.0f} GFLOP/s float32, {c['bfloat16'] / 1e9:.0f} bfloat16.",
     ]
     for _, rows in itertools.groupby(document["rows"], key=lambda r: r["op"]):
-        lines += op_section(list(rows), document.get("facts"), command)
+        lines += op_section(list(rows), document.get("facts", {}), command)
     return lines + ([*import_lines(document["facts"]), *command] if "facts" in document else [])
 
 

@@ -61,28 +61,31 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(choice: Choice, command: str) -> dict[str, Any]:
-    """Measure and print; the document for --json."""
+def write(path: Path | None, document: dict[str, Any]) -> None:
+    """Write what there is so far: a run that is cut short keeps its rows."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def run(choice: Choice, command: str, path: Path | None) -> dict[str, Any]:
+    """Measure, print and write."""
     info = machine.describe()
     sheet = choice.dry and choice.device == "cuda"
     ceilings = DATA_SHEET if sheet else roofline.measure(choice.device)
     print(tables.heading(machine.one_line(info), ceilings, sheet))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"schema": 1, "command": command, "device": choice.device, "dry_run": choice.dry}
+    document |= {"machine": info, "ceilings": ceilings.as_dict(), "rows": rows}
     for contest in contests(choice):
         rows.append(contest.row(ceilings, choice))
         print(tables.race(rows[-1]), flush=True)
-    document: dict[str, Any] = {
-        "schema": 1,
-        "command": command,
-        "device": choice.device,
-        "dry_run": choice.dry,
-        "machine": info,
-    }
-    document |= {"ceilings": ceilings.as_dict(), "rows": rows}
+        write(path, document)
     print(tables.per_token(rows))
     if not (choice.quick or choice.dry):
         document["facts"] = fresh.facts(choice)
         print(tables.facts(document["facts"]))
+        write(path, document)
     return document
 
 
@@ -100,11 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.seconds, options.quick, options.dry_run,
     )  # fmt: skip
     words = sys.argv[1:] if arguments is None else arguments
-    document = run(choice, " ".join(["python bench/run.py", *words]))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"written to {options.json}")
+    # Absolute paths are this machine's business; a page shows the names.
+    shown = (Path(word).name if Path(word).is_absolute() else word for word in words)
+    document = run(choice, " ".join(["python bench/run.py", *shown]), options.json)
     everyone = (c for row in document["rows"] for c in row["candidates"])
     return int(any(c["name"].startswith("memattn") and c["status"] in WRONG for c in everyone))
 

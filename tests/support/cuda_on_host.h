@@ -3,6 +3,7 @@
 #pragma once
 
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -52,7 +53,15 @@ void launch(Kernel kernel, unsigned blocks, unsigned threads, const Arguments& a
 }
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::block_barrier->arrive_and_wait(); }
+// After a barrier one warp, another one each time, is held back: a shared buffer that is written again too early is then
+// overwritten before that warp has read it.
+inline void __syncthreads() {
+  thread_local unsigned passed = 0;
+  cuda_on_host::block_barrier->arrive_and_wait();
+  if (passed++ % cuda_on_host::warp_barriers.size() == threadIdx.x / 32) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   auto& warp = *cuda_on_host::warp_barriers[threadIdx.x / 32];

@@ -1,0 +1,1 @@
+"""The Python side of bench/gpu_check.sh."""
