@@ -155,8 +155,8 @@ def test_wrong_layer_name_is_refused():
 
 
 def test_learning_rate_rises_then_falls():
-    config = train.TrainingConfig(seconds=100, learning_rate=1.0, warmup=0.1, final_fraction=0.2)
-    rates = [train.learning_rate(config, s) for s in (0, 5, 10, 55, 100, 200)]
+    config = train.TrainingConfig(seconds=100, warmup=0.1, final_fraction=0.2)
+    rates = [train.rate_fraction(config, s) for s in (0, 5, 10, 55, 100, 200)]
     assert rates == pytest.approx([0, 0.5, 1.0, 0.6, 0.2, 0.2])
 
 
@@ -167,11 +167,11 @@ def test_resumed_training_takes_the_same_step(tmp_path, tiny_model):
     for i in range(3):
         trainer._step(rows.batch(i), tiny_model.init_state(2))
     path = tmp_path / "c.safetensors"
-    checkpoint.save_checkpoint(path, tiny_model, train.optimizer_tensors(trainer.optimizer), trainer.progress, "text")
+    checkpoint.save_checkpoint(path, tiny_model, train.optimizer_tensors(trainer.optimizers), trainer.progress, "text")
     saved = checkpoint.load_checkpoint(path)
     assert saved.config == TINY and saved.progress == trainer.progress and saved.corpus == "text"
     resumed = train.Trainer(saved.build_model(), rows, config, saved.progress)
-    train.restore_optimizer(resumed.optimizer, saved.optimizer)
+    train.restore_optimizers(resumed.optimizers, saved.optimizer)
     for one in (trainer, resumed):
         one._step(rows.batch(3), one.model.init_state(2))
     after, expected = resumed.model.state_dict(), tiny_model.state_dict()

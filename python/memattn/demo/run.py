@@ -82,7 +82,7 @@ class _Run:
             self.model, rows, training, before.progress if before else Progress(), self.options.dtype
         )
         if before is not None:
-            train.restore_optimizer(trainer.optimizer, before.optimizer)
+            train.restore_optimizers(trainer.optimizers, before.optimizer)
             if before.corpus != self.text.digest:
                 print("The checkpoint was trained on another standard library: held-out text may not be new to it.")
         return trainer
@@ -132,7 +132,7 @@ class _Run:
         self.results.training = self.trainer.progress
 
     def _save(self) -> None:
-        optimizer = train.optimizer_tensors(self.trainer.optimizer)
+        optimizer = train.optimizer_tensors(self.trainer.optimizers)
         path = self.options.out / CHECKPOINT
         save_checkpoint(path, self.model, optimizer, self.trainer.progress, self.text.digest)
 
