@@ -1,0 +1,473 @@
+"""GatedDeltaNet and DeltaNet: the published formula, and that training form, prefill and step are one layer."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.compare import relative_error
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memattn.backends import BackendError
+from memattn.nn import DeltaNet, GatedDeltaNet
+from memattn.nn.padding import PaddedRows
+from memattn.reference import gated_delta_rule as reference
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+EMBED, T = 48, 70
+LAYERS = {
+    "gated": lambda **kw: GatedDeltaNet(EMBED, 3, **kw),
+    "grouped": lambda **kw: GatedDeltaNet(
+        EMBED, 2, head_dim=16, num_value_heads=4, value_head_dim=24, conv_size=3, conv_bias=True, chunk_size=16, **kw
+    ),
+    "negative": lambda **kw: GatedDeltaNet(EMBED, 2, head_dim=32, allow_neg_eigval=True, **kw),
+    "delta": lambda **kw: DeltaNet(EMBED, 2, head_dim=16, num_value_heads=4, **kw),
+    "delta_gate": lambda **kw: DeltaNet(EMBED, 3, conv_size=2, output_gate=True, allow_neg_eigval=True, **kw),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def name(request):
+    return request.param
+
+
+def make(name, seed=0, **kwargs):
+    """The layer with weights large enough that gates and values vary."""
+    torch.manual_seed(seed)
+    layer = LAYERS[name](**kwargs)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)
+    return layer
+
+
+def draw(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def warm_state(layer, batch, seed=2):
+    """A state that is not zero."""
+    return layer(draw(batch, 9, EMBED, seed=seed, dtype=layer.out_proj.weight.dtype), return_state=True)[1].detach()
+
+
+def close(x, y, tolerance=5e-6):
+    assert relative_error(x, y) <= tolerance
+
+
+def close_states(a, b, tolerance=5e-6):
+    close(a.memory, b.memory, tolerance)
+    close(a.conv, b.conv, tolerance)
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+def published(layer, x):
+    """The layer's equations in the dtype of x, token loop and torch's own convolution; see the class docstrings."""
+    p = {n: q.to(x.dtype) for n, q in layer.named_parameters()}
+    keys, values = layer.num_heads * layer.head_dim, layer.num_value_heads * layer.value_head_dim
+    width = p["conv.weight"].shape[1]
+    z = F.linear(x, p["qkv_proj.weight"]).transpose(1, 2)
+    z = F.conv1d(F.pad(z, (width - 1, 0)), p["conv.weight"][:, None], p.get("conv.bias"), groups=z.shape[1])
+    q, k, v = F.silu(z).transpose(1, 2).split([keys, keys, values], -1)
+    heads = [q.unflatten(-1, (layer.num_heads, -1)), k.unflatten(-1, (layer.num_heads, -1))]
+    heads.append(v.unflatten(-1, (layer.num_value_heads, -1)))
+    beta = F.linear(x, p["beta_proj.weight"]).sigmoid() * (2 if layer.allow_neg_eigval else 1)
+    g = None
+    if "A_log" in p:
+        g = -p["A_log"].exp() * F.softplus(F.linear(x, p["decay_proj.weight"]) + p["dt_bias"])
+    o, state = reference.loop(*heads, g, beta, qk_l2norm=True, output_final_state=True)
+    o = o * (o.square().mean(-1, keepdim=True) + layer.norm.eps).rsqrt() * p["norm.weight"]
+    if "gate_proj.weight" in p:
+        o = o * F.silu(F.linear(x, p["gate_proj.weight"])).view_as(o)
+    return F.linear(o.flatten(-2), p["out_proj.weight"]), state
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_published_formula_and_gradients(name, dtype):
+    layer, x = make(name, dtype=dtype), draw(2, T, EMBED, dtype=dtype).requires_grad_()
+    exact, x64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    y, state = layer(x, return_state=True)
+    truth, memory = published(exact, x64)
+    close(y, truth, TOLERANCE[dtype])
+    close(state.memory, memory, TOLERANCE[dtype])
+    assert y.dtype == dtype and state.memory.dtype == state.conv.dtype == torch.float32
+    if dtype == torch.float32:
+        weights = draw(2, T, EMBED, seed=3).double()
+        ((y * weights).sum() + state.memory.sum()).backward()
+        ((truth * weights).sum() + memory.sum()).backward()
+        close(x.grad, x64.grad, 1e-5)
+        for (n, p), (_, p64) in zip(layer.named_parameters(), exact.named_parameters(), strict=True):
+            assert relative_error(p.grad, p64.grad) <= 2e-5, n
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    layer = GatedDeltaNet(64, 2, num_value_heads=2048, value_head_dim=16)
+    rate, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
+    assert 0 < rate.min() and rate.max() < 16 and abs(rate.mean() - 8) < 0.5
+    assert 0.99e-3 < dt.min() and dt.max() < 0.101 and abs(dt.log().mean() - torch.tensor(0.01).log()) < 0.1
+    assert layer.norm.weight.eq(1).all() and layer.conv.weight.abs().max() <= 0.5
+    assert abs(layer.qkv_proj.weight.std() - (3 * 64) ** -0.5) < 1e-3
+
+
+# --- one layer in all its forms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("parts", [(33, 37), (1, 0, 64, 5), (2,) * 35])
+def test_prefill_in_parts_equals_the_whole(name, dtype, parts):
+    layer, x = make(name, dtype=dtype), draw(2, T, EMBED, dtype=dtype)
+    with torch.no_grad():
+        start = warm_state(layer, 2)
+        kept = start.clone()
+        y, whole = layer(x, start, return_state=True)
+        state, outputs = start, []
+        for part in x.split(parts, 1):
+            out, state = layer(part, state, return_state=True)
+            outputs.append(out)
+    close(torch.cat(outputs, 1), y, TOLERANCE[dtype])
+    close_states(state, whole, TOLERANCE[dtype])
+    close_states(start, kept, 0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_step_equals_the_parallel_form(name, dtype, tokens):
+    layer, x = make(name, dtype=dtype), draw(2, 27, EMBED, dtype=dtype)
+    with torch.no_grad():
+        y, whole = layer(x, return_state=True)
+        state, outputs = layer.init_state(2), []
+        addresses = state.memory.data_ptr(), state.conv.data_ptr()
+        for part in x.split(tokens, 1):
+            out, returned = layer.step(part, state)
+            assert returned is state
+            outputs.append(out)
+    close(torch.cat(outputs, 1), y, TOLERANCE[dtype])
+    close_states(state, whole, TOLERANCE[dtype])
+    assert addresses == (state.memory.data_ptr(), state.conv.data_ptr())
+
+
+def test_gradients_cross_the_state(name):
+    layer, x = make(name), draw(2, T, EMBED)
+    y = layer(x)
+    (y * draw(2, T, EMBED, seed=3)).sum().backward()
+    whole = {n: p.grad.clone() for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    first, state = layer(x[:, :41], return_state=True)
+    (torch.cat([first, layer(x[:, 41:], state)], 1) * draw(2, T, EMBED, seed=3)).sum().backward()
+    for n, p in layer.named_parameters():
+        assert relative_error(p.grad, whole[n]) <= 1e-5, n
+
+
+def test_step_on_a_state_pool(name):
+    layer, x = make(name), draw(3, 2, EMBED)
+    with torch.no_grad():
+        pool, rows = warm_state(layer, 5), torch.tensor([4, -1, 1])
+        before = pool.clone()
+        y, _ = layer.step(x, pool, state_indices=rows)
+        for b in (0, 2):
+            alone, state = layer.step(x[b : b + 1], before.reorder(rows[b : b + 1]))
+            close(y[b : b + 1], alone)
+            close_states(pool.reorder(rows[b : b + 1]), state)
+    assert y[1].eq(0).all()
+    untouched = torch.tensor([0, 2, 3])
+    close_states(pool.reorder(untouched), before.reorder(untouched), 0)
+
+
+def test_packed_sequences_equal_separate_ones(name):
+    layer, x = make(name), draw(1, T, EMBED)
+    bounds = [0, 5, 5, 6, 40, T]
+    start = warm_state(layer, 5)
+    y, packed = layer(x, start, cu_seqlens=torch.tensor(bounds), return_state=True)
+    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        alone, state = layer(x[:, a:b], start.reorder(torch.tensor([n])), return_state=True)
+        close(y[:, a:b], alone)
+        close_states(packed.reorder(torch.tensor([n])), state)
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+RUNS = [(0, T), (0, 50), (20, T), (30, 33), (69, T), (7, 7)]  # valid tokens [a, b) of each row
+
+
+def padding(kind=torch.bool):
+    position = torch.arange(T)
+    return torch.stack([(a <= position) & (position < b) for a, b in RUNS]).to(kind)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_padded_rows_equal_their_runs_alone(name, with_state):
+    layer, x, mask = make(name), draw(len(RUNS), T, EMBED), padding()
+    x[~mask] = torch.nan
+    start = warm_state(layer, len(RUNS)) if with_state else layer.init_state(len(RUNS))
+    y, padded = layer(x, start if with_state else None, attention_mask=mask, return_state=True)
+    assert y[~mask].eq(0).all()
+    for b, (i, j) in enumerate(RUNS):
+        row = torch.tensor([b])
+        alone, state = layer(x[b : b + 1, i:j], start.reorder(row), return_state=True)
+        close(y[b : b + 1, i:j], alone)
+        close_states(padded.reorder(row), state)
+
+
+def test_gradients_of_padded_rows(name):
+    layer, mask = make(name), padding(torch.int64)
+    x = draw(len(RUNS), T, EMBED).requires_grad_()
+    weights = draw(len(RUNS), T, EMBED, seed=3)
+    y, state = layer(x, attention_mask=mask, return_state=True)
+    ((y * weights).sum() + state.memory.sum()).backward()
+    padded, x_grad = {n: p.grad.clone() for n, p in layer.named_parameters()}, x.grad.clone()
+    assert x_grad[mask == 0].eq(0).all()
+    layer.zero_grad()
+    x.grad = None
+    for b, (i, j) in enumerate(RUNS):
+        y, state = layer(x[b : b + 1, i:j], return_state=True)
+        ((y * weights[b : b + 1, i:j]).sum() + state.memory.sum()).backward()
+    close(x_grad, x.grad)
+    for n, p in layer.named_parameters():
+        assert relative_error(padded[n], p.grad) <= 1e-5, n
+
+
+def test_align_and_restore_are_inverse():
+    mask, x = padding(), draw(len(RUNS), T, 3)
+    rows = PaddedRows(mask, x)
+    aligned = rows.align(x)
+    for b, (i, j) in enumerate(RUNS):
+        assert torch.equal(aligned[b, : j - i], x[b, i:j]) and aligned[b, j - i :].eq(0).all()
+    assert torch.equal(rows.restore(aligned), torch.where(mask[..., None], x, 0))
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (torch.ones(2, 4), TypeError, "attention_mask is float32; expected bool or integer"),
+        (torch.ones(2, 5, dtype=torch.bool), ValueError, r"shape \[2, 5\]; expected \[B, T\] = \[2, 4\]"),
+        (torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0]]), ValueError, "row 1 has 2 runs of valid tokens; expected one"),
+        ([[1]], TypeError, "attention_mask is list; expected a torch.Tensor"),
+    ],
+)
+def test_bad_masks(mask, error, message):
+    with pytest.raises(error, match=message):
+        make("gated")(draw(2, 4, EMBED), attention_mask=mask)
+
+
+def test_no_value_is_read_on_the_host():
+    """On the meta device there are no values: any wait for one would fail."""
+    layer = GatedDeltaNet(EMBED, 3, device="meta")
+    x, mask = torch.empty(2, T, EMBED, device="meta"), torch.empty(2, T, dtype=torch.bool, device="meta")
+    y, state = layer(x, layer.init_state(2), attention_mask=mask, return_state=True)
+    assert y.shape == x.shape and state.memory.shape == (2, 3, 16, 16) and state.conv.shape == (2, 144, 3)
+
+
+# --- an ordinary module -----------------------------------------------------------------------------------------------
+
+
+def test_state_dict():
+    layer = make("grouped")
+    shapes = {n: tuple(p.shape) for n, p in layer.state_dict().items()}
+    assert shapes == {
+        "A_log": (4,), "dt_bias": (4,), "qkv_proj.weight": (160, EMBED), "conv.weight": (160, 3), "conv.bias": (160,),
+        "beta_proj.weight": (4, EMBED), "gate_proj.weight": (96, EMBED), "norm.weight": (24,),
+        "out_proj.weight": (EMBED, 96), "decay_proj.weight": (4, EMBED),
+    }  # fmt: skip
+    assert list(DeltaNet(EMBED, 3).state_dict()) == [
+        "qkv_proj.weight", "conv.weight", "beta_proj.weight", "norm.weight", "out_proj.weight"
+    ]  # fmt: skip
+    other, x = make("grouped", seed=5), draw(1, 9, EMBED)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_extra_repr():
+    text = repr(LAYERS["grouped"](backend="chunked"))
+    assert "48, num_heads=2, head_dim=16, num_value_heads=4, value_head_dim=24, chunk_size=16, backend='chunk" in text
+    assert "ShortConv(160, width=3, bias=True)" in text and "GatedRMSNorm(24, eps=1e-05)" in text
+    assert "allow_neg_eigval=True" in repr(LAYERS["negative"]())
+
+
+def test_deepcopy_and_pickle(name):
+    layer, x = make(name), draw(2, 9, EMBED)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_meta_device_then_reset_parameters_gives_a_fresh_layer(name):
+    meta = LAYERS[name](device="meta")
+    assert all(p.is_meta for p in meta.parameters()) and meta.init_state(2).memory.is_meta
+    torch.manual_seed(7)
+    meta.to_empty(device="cpu").reset_parameters()
+    torch.manual_seed(7)
+    for (n, p), q in zip(meta.named_parameters(), LAYERS[name]().parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
+def test_autocast(name):
+    layer, x = make(name), draw(2, T, EMBED)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x, return_state=True)
+        y2 = layer(x, state, attention_mask=torch.ones(2, T, dtype=torch.bool))
+    assert y.dtype == y2.dtype == torch.bfloat16 and state.memory.dtype == state.conv.dtype == torch.float32
+    close(y, layer(x), 2e-2)
+    (y.float().square().sum() + y2.float().sum()).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in layer.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        stepped, _ = layer.step(x[:, :1], layer.init_state(2))
+    close(stepped, y[:, :1], 2e-2)
+
+
+def test_activation_checkpointing(name):
+    layer, x, start = make(name), draw(2, 40, EMBED).requires_grad_(), warm_state(make(name), 2)
+    gradients = []
+    for run in (layer, lambda *a, **kw: checkpoint(layer, *a, use_reentrant=False, **kw)):
+        y, state = run(x, start, return_state=True)
+        leaves = [x, *layer.parameters()]
+        gradients.append(torch.autograd.grad(y.square().sum() + state.memory.sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compile_fullgraph_forward_and_backward(name):
+    layer, x = make(name), draw(len(RUNS), T, EMBED)
+    start, mask = warm_state(layer, len(RUNS)), padding()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs, gradients = [], []
+    for run in (layer, compiled):
+        y, state = run(x, start, attention_mask=mask, return_state=True)
+        gradients.append(torch.autograd.grad((y * x).sum() + state.memory.sum(), list(layer.parameters())))
+        outputs.append((y, state))
+    close(outputs[1][0], outputs[0][0])
+    close_states(outputs[1][1], outputs[0][1])
+    for (n, _), a, b in zip(layer.named_parameters(), *gradients, strict=True):
+        assert relative_error(b, a) <= 1e-5, n
+
+
+def test_compile_fullgraph_packed_and_step():
+    layer, x = make("grouped"), draw(1, T, EMBED)
+    bounds, start = torch.tensor([0, 11, 40, T]), warm_state(make("grouped"), 3)
+    if not _native():
+        pytest.skip("plain torch walks packed sequences and state pools on the host")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    close(compiled(x, start, cu_seqlens=bounds), layer(x, start, cu_seqlens=bounds))
+    step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        ours, theirs = start.clone(), start.clone()
+        close(step(x[:, :3].transpose(0, 1), ours)[0], layer.step(x[:, :3].transpose(0, 1), theirs)[0])
+    close_states(ours, theirs)
+
+
+def _native():
+    from memattn import backends
+
+    return not backends.why_not("gated_delta_rule", "cpu", backends.Request("cpu", torch.float32))
+
+
+def test_compile_with_inductor():
+    layer, x = make("gated"), draw(2, T, EMBED)
+    compiled = torch.compile(layer, fullgraph=True)
+    y = compiled(x)
+    close(y, layer(x))
+    gradients = [torch.autograd.grad(z.square().sum(), list(layer.parameters())) for z in (y, layer(x))]
+    for (n, _), a, b in zip(layer.named_parameters(), *gradients, strict=True):
+        assert relative_error(a, b) <= 1e-5, n
+
+
+PARALLEL = """
+import os, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from memattn.nn import GatedDeltaNet
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+def make():
+    torch.manual_seed(0)
+    return GatedDeltaNet(32, 2)
+x, whole = torch.randn(4, 20, 32, generator=torch.Generator().manual_seed(1)), make()
+whole(x).square().mean().backward()
+ddp = DistributedDataParallel(make())
+y, state = ddp(x[2 * rank : 2 * rank + 2], return_state=True)
+y.square().mean().backward()
+for (name, p), q in zip(ddp.module.named_parameters(), whole.parameters()):
+    torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+sharded, dtypes = make(), []
+sharded.register_forward_pre_hook(lambda m, args: dtypes.append((args[0].dtype, args[1].memory.dtype)))
+fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+y, after = sharded(x[2 * rank : 2 * rank + 2], state.detach(), return_state=True)
+assert dtypes == [(torch.bfloat16, torch.float32)], dtypes
+assert y.dtype == torch.bfloat16 and after.memory.dtype == after.conv.dtype == torch.float32
+with torch.no_grad():
+    exact = whole(x[2 * rank : 2 * rank + 2], state.detach())
+assert ((y.float() - exact).norm() / exact.norm()).item() < 2e-2
+y.square().mean().backward()
+assert all(p.grad.full_tensor().isfinite().all() for p in sharded.parameters())
+dist.barrier()
+dist.destroy_process_group()
+print("parallel ok", rank)
+"""
+
+
+def test_ddp_and_fsdp2_on_two_processes(tmp_path):
+    """DDP gradients are those of the whole batch; FSDP2 in bfloat16 leaves the float32 memory alone."""
+    script = tmp_path / "worker.py"
+    script.write_text(PARALLEL)
+    command = [sys.executable, str(script)]
+    workers = [
+        subprocess.Popen([*command, str(r), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for r in range(2)
+    ]
+    for rank, worker in enumerate(workers):
+        text = worker.communicate(timeout=120)[0].decode()
+        assert worker.returncode == 0 and f"parallel ok {rank}" in text, text
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: GatedDeltaNet(48, 5), ValueError, "embed_dim 48 is no multiple of num_heads 5; give head_dim"),
+        (lambda: DeltaNet(48, 2, num_value_heads=3), ValueError, "num_value_heads is 3; expected a multiple of"),
+        (lambda: DeltaNet(48, 3, conv_size=5), ValueError, "width is 5; allowed: 2, 3, 4"),
+        (lambda: make("gated")(draw(2, 47)), ValueError, r"x has shape \[2, 47\]; expected \[B, T, embed_dim\]"),
+        (lambda: make("gated")(draw(2, 9, 47)), ValueError, r"x has shape \[2, 9, 47\]"),
+        (
+            lambda: make("gated")(
+                draw(1, 9, EMBED),
+                attention_mask=torch.ones(1, 9, dtype=torch.bool),
+                cu_seqlens=torch.tensor([0, 9]),
+            ),
+            ValueError,
+            "attention_mask and cu_seqlens are both given; allowed: one",
+        ),
+        (
+            lambda: make("gated")(draw(2, 9, EMBED), make("gated").init_state(3)),
+            ValueError,
+            r"initial_state has shape \[3, 144, 3\]",
+        ),
+        (lambda: make("gated").step(draw(2, 1, EMBED), make("gated").init_state(2)), RuntimeError, "no_grad"),
+        (lambda: make("gated", backend="cuda")(draw(2, 9, EMBED)), BackendError, "cuda"),
+        (lambda: make("gated", chunk_size=48)(draw(2, 9, EMBED)), ValueError, "chunk_size is 48; allowed: 16, 32, 64"),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_page_about_modules():
+    """The code of docs/modules.md runs, and its assertions hold."""
+    torch.manual_seed(0)
+    blocks = (ROOT / "docs" / "modules.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 7
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block.split("```")[0], "docs/modules.md", "exec"), scope)
+    assert f"# {scope['layer'].init_state(2)}" in blocks[1]
