@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -60,7 +61,8 @@ class Torch:
     def find(cls) -> "Torch":
         # pip's build isolation hides the installed torch, so the interpreter's own site-packages is searched as well.
         # Naming torch in pyproject.toml instead would download a second torch, with CUDA, only to build.
-        paths = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        hidden = sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()
+        paths = [*sys.path, *hidden]
         spec = PathFinder.find_spec("torch", paths)
         if spec is None or spec.origin is None:
             raise SetupError(NO_TORCH.format(python=sys.executable))
@@ -246,9 +248,10 @@ class Build(build_ext):
 
     def write_ptxas_log(self) -> None:
         """Registers, spills and shared memory of every CUDA kernel, as ptxas reported them."""
-        logs = sorted((BUILD / "memattn._C_cuda").glob("**/*.log"))
-        if logs:
-            (ROOT / "build/ptxas.log").write_text("\n".join(f"== {log.stem}.cu\n{log.read_text()}" for log in logs))
+        sources = [Path(s) for e in self.extensions for s in e.sources if s.endswith(".cu")]
+        logs = [BUILD / "memattn._C_cuda" / source.with_suffix(".log") for source in sources]
+        text = [f"== {log.stem}.cu\n{log.read_text()}" for log in logs]
+        (ROOT / "build/ptxas.log").write_text("\n".join(text))
 
     def write_build_json(self, package: Path) -> None:
         commit = first_line("git", "rev-parse", "HEAD")

@@ -162,6 +162,7 @@ def test_torch_is_found_behind_build_isolation(setup_file, monkeypatch):
 
 def test_no_torch_is_one_clear_error(setup_file, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_file.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(setup_file.site, "getusersitepackages", lambda: str(tmp_path))
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(setup_file.SetupError, match="memattn compiles against the torch it will run with") as error:
         setup_file.Torch.find()
