@@ -16,11 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T, BLOCK_D = 16, 64  # tile of every kernel: with 4 warps a thread holds 8 adjacent channels, one 16-byte access
-TILES = 4  # tiles per backward program: one partial row of sums per TILES * BLOCK_T tokens
+from memattn.kernels.checks import require
+
+# Tiles [tokens, channels], one configuration for every architecture. With 4 warps a forward thread holds 8 adjacent
+# channels, one 16-byte access of 16-bit values; a backward thread 4, for it keeps 2W-1 rows of inputs.
+BLOCK_D = 64
+FORWARD_T, FORWARD_TILES = 16, 4
+BACKWARD_T, BACKWARD_TILES = 8, 8  # tiles of one program share its weights, and one row of partial sums
 BLOCK_PARTIAL = 32  # partial rows per step of the last sum
 LAUNCH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 RUN_TIME = ["tokens", "length", "sequences", "steps", "partials"]
+
+
+@triton.jit
+def _place(D, BLOCK_D: tl.constexpr):
+    """This program's row of tiles, and its channels. Neighbouring programs lie side by side, in the same DRAM pages."""
+    columns = tl.cdiv(D, BLOCK_D)
+    program = tl.program_id(0)
+    channel = (program % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    return (program // columns).to(tl.int64), channel
 
 
 @triton.jit
@@ -69,18 +83,32 @@ def _state_slots(state, slot, sequence, sequences, channel, D, W: tl.constexpr, 
 
 @triton.jit
 def _input_rows(
-    x, state, at, begin, end, sequence, sequences, channel, D, W: tl.constexpr, STATE: tl.constexpr, ACC: tl.constexpr
-):
-    """Inputs at tokens `at` [R]: rows of x, before the sequence its initial state, elsewhere 0."""
+    x, state, at, begin, end, sequence, sequences, channel, edge, D,
+    W: tl.constexpr, STATE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Inputs at tokens `at` [R]: rows of x, before the sequence its initial state, elsewhere 0.
+
+    edge: whether any of them can lie before its sequence; most tiles skip the state and its scattered addresses.
+    """
     rows = _own_rows(x, at, begin, end, channel, D, ACC)
-    if STATE:  # at most one of the two is not 0, and a sum keeps it exactly
-        rows += _state_slots(state, at - begin + (W - 1), sequence, sequences, channel, D, W, ACC)
+    if STATE:
+        if edge:  # at most one of the two is not 0, and a sum keeps it exactly
+            rows += _state_slots(state, at - begin + (W - 1), sequence, sequences, channel, D, W, ACC)
     return rows
 
 
 @triton.jit
 def _parameter(pointer, index, channel, D, ACC: tl.constexpr):
     return tl.load(pointer + index, mask=channel < D, other=0).to(ACC)[None, :]
+
+
+@triton.jit
+def _weights(weight, channel, D, W: tl.constexpr, ACC: tl.constexpr):
+    """The taps' weights, each [1, BLOCK_D]."""
+    weights = ()
+    for w in tl.static_range(W):
+        weights = weights + (_parameter(weight, channel * W + w, channel, D, ACC),)
+    return weights
 
 
 @triton.jit
@@ -110,23 +138,27 @@ def _output_gradient(
 def forward_kernel(
     x, weight, bias, state, cu_seqlens, y, tokens, length, sequences, steps, D,
     W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sequence = _sequence_of(token, cu_seqlens, length, sequences, steps, PACKED)
-    begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
-    z = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-    if BIAS:
-        z += _parameter(bias, channel, channel, D, ACC)
-    for w in tl.static_range(W):
-        at = token + (w - W + 1)
-        rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, D, W, STATE, ACC)
-        z += _parameter(weight, channel * W + w, channel, D, ACC) * rows
-    if SILU:
-        z = z / (1 + tl.exp(-z))
-    inside = (token < tokens)[:, None] & (channel < D)[None, :]
-    tl.store(y + token[:, None] * D + channel[None, :], z.to(y.dtype.element_ty), mask=inside)
+    program, channel = _place(D, BLOCK_D)
+    weights = _weights(weight, channel, D, W, ACC)
+    for tile in range(TILES):
+        token = (program * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        sequence = _sequence_of(token, cu_seqlens, length, sequences, steps, PACKED)
+        begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
+        edge = tl.min(token - begin, 0) < W - 1
+        z = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        if BIAS:
+            z += _parameter(bias, channel, channel, D, ACC)
+        for w in tl.static_range(W):
+            at = token + (w - W + 1)
+            z += weights[w] * _input_rows(
+                x, state, at, begin, end, sequence, sequences, channel, edge, D, W, STATE, ACC
+            )  # fmt: skip
+        if SILU:
+            z = z / (1 + tl.exp(-z))
+        inside = (token < tokens)[:, None] & (channel < D)[None, :]
+        tl.store(y + token[:, None] * D + channel[None, :], z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -136,14 +168,14 @@ def final_state_kernel(
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The last W-1 inputs of BLOCK_T sequences."""
-    sequence = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    program, channel = _place(D, BLOCK_D)
+    sequence = program * BLOCK_T + tl.arange(0, BLOCK_T)
     begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
     inside = (sequence < sequences)[:, None] & (channel < D)[None, :]
     tail = final_state + (sequence[:, None] * D + channel[None, :]) * (W - 1)
     for s in tl.static_range(W - 1):
         at = end + (s - W + 1)
-        rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, D, W, STATE, ACC)
+        rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, True, D, W, STATE, ACC)
         tl.store(tail + s, rows, mask=inside)
 
 
@@ -154,26 +186,25 @@ def backward_kernel(
     SILU: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES tiles, and their sums for dweight and dbias as row `program` of partial [programs, W+1, D]."""
-    program = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    weights = ()
+    program, channel = _place(D, BLOCK_D)
+    weights = _weights(weight, channel, D, W, ACC)
     sums = ()
-    for w in tl.static_range(W):
-        weights = weights + (_parameter(weight, channel * W + w, channel, D, ACC),)
     for _ in tl.static_range(W + 1):
         sums = sums + (tl.zeros((BLOCK_D,), ACC),)
     for tile in range(TILES):
         token = (program * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         sequence = _sequence_of(token, cu_seqlens, length, sequences, steps, PACKED)
         begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
+        edge = tl.min(token - begin, 0) < W - 1
         inputs = ()  # inputs[i]: the rows i - W + 1 tokens away, so that z_{t+j} is made of inputs[j : j + W]
         for i in tl.static_range(2 * W - 1):
             at = token + (i - W + 1)
-            rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, D, W, STATE, ACC)
+            rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, edge, D, W, STATE, ACC)
             inputs = inputs + (rows,)
         row = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         if DFINAL:
-            row += _state_slots(dfinal, token - end + (W - 1), sequence, sequences, channel, D, W, ACC)
+            if tl.min(end - token, 0) < W:
+                row += _state_slots(dfinal, token - end + (W - 1), sequence, sequences, channel, D, W, ACC)
         added = ()
         for j in tl.static_range(W):
             dz = _output_gradient(
@@ -199,17 +230,15 @@ def initial_state_gradient_kernel(
 ):  # fmt: skip
     """dstate[s] = Σ_{t≤s} weight[s-t] dz_t over the first W-1 tokens of BLOCK_T sequences, and what a sequence shorter
     than W-1 hands on from the final state."""
-    sequence = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    program, channel = _place(D, BLOCK_D)
+    sequence = program * BLOCK_T + tl.arange(0, BLOCK_T)
     begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
     inside = (sequence < sequences)[:, None] & (channel < D)[None, :]
-    weights = ()
+    weights = _weights(weight, channel, D, W, ACC)
     inputs = ()
-    for w in tl.static_range(W):
-        weights = weights + (_parameter(weight, channel * W + w, channel, D, ACC),)
     for i in tl.static_range(2 * W - 2):
         at = begin + (i - W + 1)
-        rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, D, W, True, ACC)
+        rows = _input_rows(x, state, at, begin, end, sequence, sequences, channel, True, D, W, True, ACC)
         inputs = inputs + (rows,)
     tail = dstate + (sequence[:, None] * D + channel[None, :]) * (W - 1)
     for s in tl.static_range(W - 1):
@@ -230,8 +259,7 @@ def sum_kernel(
     W: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_PARTIAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tap (the last program: the bias) of partial [partials, W+1, D] summed over its rows, in order."""
-    w = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    w, channel = _place(D, BLOCK_D)
     total = tl.zeros((BLOCK_D,), ACC)
     for start in range(0, partials, BLOCK_PARTIAL):
         row = start + tl.arange(0, BLOCK_PARTIAL).to(tl.int64)
@@ -243,18 +271,29 @@ def sum_kernel(
         tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=channel < D)
 
 
-def _layout(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None):
-    """The launch arguments every kernel shares: run-time sizes and compile-time flags."""
+def _layout(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, **states: Tensor | None):
+    """Checks what will be addressed, and returns the launch arguments every kernel shares: sizes and flags."""
+    if x.dim() != 3 or weight.dim() != 2 or not 2 <= weight.shape[1] <= 4:
+        raise ValueError(f"x, weight: received {list(x.shape)}, {list(weight.shape)}; allowed: [B, T, D], [D, 2..4]")
     batch, length, channels = x.shape
+    if cu_seqlens is not None and (batch != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
+        raise ValueError(f"cu_seqlens: received {list(cu_seqlens.shape)} with B = {batch}; allowed: [N+1] with B = 1")
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    require("x", x, x, (torch.float32, torch.bfloat16, torch.float16, torch.float64), x.shape)
+    require("weight", weight, x, (x.dtype, wide), (channels, weight.shape[1]))
+    require("bias", bias, x, (x.dtype, wide), (channels,))
+    require("cu_seqlens", cu_seqlens, x, (torch.int32, torch.int64), (sequences + 1,))
+    for name, state in states.items():
+        require(name, state, x, (wide,), (sequences, channels, weight.shape[1] - 1))
     sizes = {"tokens": batch * length, "length": length, "sequences": sequences, "D": channels}
     flags = {
         "W": weight.shape[1],
         "PACKED": cu_seqlens is not None,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if wide == torch.float64 else tl.float32,
         "BLOCK_D": BLOCK_D,
     }
-    return sizes, flags
+    return sizes, flags, wide
 
 
 def forward(
@@ -267,21 +306,20 @@ def forward(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] and the final state [N,D,W-1], or [0] when it is not asked for."""
-    sizes, flags = _layout(x, weight, cu_seqlens)
-    flags |= {"STATE": initial_state is not None, "BLOCK_T": BLOCK_T}
+    sizes, flags, wide = _layout(x, weight, bias, cu_seqlens, initial_state=initial_state)
+    flags |= {"STATE": initial_state is not None, "BLOCK_T": FORWARD_T}
     tokens, sequences, columns = sizes["tokens"], sizes["sequences"], triton.cdiv(sizes["D"], BLOCK_D)
-    state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty_like(x)
     if y.numel():
-        forward_kernel[(triton.cdiv(tokens, BLOCK_T), columns)](
+        forward_kernel[(triton.cdiv(tokens, FORWARD_TILES * FORWARD_T) * columns,)](
             x, weight, bias, initial_state, cu_seqlens, y, **sizes, steps=sequences.bit_length(),
-            BIAS=bias is not None, SILU=silu, **flags, **LAUNCH,
+            BIAS=bias is not None, SILU=silu, TILES=FORWARD_TILES, **flags, **LAUNCH,
         )  # fmt: skip
     if not output_final_state:
-        return y, x.new_empty(0, dtype=state_dtype)
-    final_state = x.new_empty(sequences, sizes["D"], flags["W"] - 1, dtype=state_dtype)
+        return y, x.new_empty(0, dtype=wide)
+    final_state = x.new_empty(sequences, sizes["D"], flags["W"] - 1, dtype=wide)
     if final_state.numel():
-        final_state_kernel[(triton.cdiv(sequences, BLOCK_T), columns)](
+        final_state_kernel[(triton.cdiv(sequences, FORWARD_T) * columns,)](
             x, initial_state, cu_seqlens, final_state, **sizes, **flags, **LAUNCH
         )
     return y, final_state
@@ -298,35 +336,32 @@ def backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dinitial_state, each in its input's dtype; [0] where the input is None."""
-    sizes, flags = _layout(x, weight, cu_seqlens)
-    flags |= {"BIAS": bias is not None, "DFINAL": dfinal_state is not None, "SILU": silu}
+    sizes, flags, wide = _layout(
+        x, weight, bias, cu_seqlens, initial_state=initial_state, dfinal_state=dfinal_state
+    )  # fmt: skip
+    require("dy", dy, x, (x.dtype,), x.shape)
+    flags |= {"BIAS": bias is not None, "DFINAL": dfinal_state is not None, "SILU": silu, "BLOCK_T": BACKWARD_T}
     tokens, sequences, channels = sizes["tokens"], sizes["sequences"], sizes["D"]
-    columns, width, state_dtype = triton.cdiv(channels, BLOCK_D), flags["W"], flags["ACC"]
-    programs = triton.cdiv(tokens, TILES * BLOCK_T) if channels else 0
+    columns, width = triton.cdiv(channels, BLOCK_D), flags["W"]
+    programs = triton.cdiv(tokens, BACKWARD_TILES * BACKWARD_T) if channels else 0
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     dbias = torch.empty_like(weight[:0, 0] if bias is None else bias)
-    partial = x.new_empty(programs, width + 1, channels, dtype=_torch_dtype(state_dtype))
+    partial = x.new_empty(programs, width + 1, channels, dtype=wide)
     if programs:
-        backward_kernel[(programs, columns)](
+        backward_kernel[(programs * columns,)](
             dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, dx, partial, **sizes,
-            steps=sequences.bit_length(), STATE=initial_state is not None, TILES=TILES, BLOCK_T=BLOCK_T,
-            **flags, **LAUNCH,
+            steps=sequences.bit_length(), STATE=initial_state is not None, TILES=BACKWARD_TILES, **flags, **LAUNCH,
         )  # fmt: skip
     if channels:
-        sum_kernel[(width + 1, columns)](
-            partial, dweight, dbias, partials=programs, D=channels, W=width, BIAS=bias is not None, ACC=state_dtype,
+        sum_kernel[((width + 1) * columns,)](
+            partial, dweight, dbias, partials=programs, D=channels, W=width, BIAS=bias is not None, ACC=flags["ACC"],
             BLOCK_PARTIAL=BLOCK_PARTIAL, BLOCK_D=BLOCK_D, **LAUNCH,
         )  # fmt: skip
     if initial_state is None:
-        return dx, dweight, dbias, x.new_empty(0, dtype=_torch_dtype(state_dtype))
+        return dx, dweight, dbias, x.new_empty(0, dtype=wide)
     dstate = torch.empty_like(initial_state)
     if dstate.numel():
-        initial_state_gradient_kernel[(triton.cdiv(sequences, BLOCK_T), columns)](
-            dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, dstate, **sizes, BLOCK_T=BLOCK_T,
-            **flags, **LAUNCH,
+        initial_state_gradient_kernel[(triton.cdiv(sequences, BACKWARD_T) * columns,)](
+            dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, dstate, **sizes, **flags, **LAUNCH,
         )  # fmt: skip
     return dx, dweight, dbias, dstate
-
-
-def _torch_dtype(dtype: tl.dtype) -> torch.dtype:
-    return torch.float64 if dtype == tl.float64 else torch.float32

@@ -249,5 +249,5 @@ def causal_conv1d_step(
     name = backends.choose(STEP, request, backend, lambda: check.describe(x=x, weight=weight, bias=bias, state=state))
     if name == "chunked":
         return reference.step(x, weight, bias, state, activation=activation, state_indices=state_indices)
-    x, weight, bias, indices = check.contiguous(x, weight, bias, state_indices)
-    return _STEPS[name](x, weight, bias, state, indices, activation == "silu")
+    indices = None if state_indices is None else state_indices.contiguous()
+    return _STEPS[name](*check.contiguous(x, weight, bias), state, indices, activation == "silu")

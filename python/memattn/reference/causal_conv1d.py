@@ -90,7 +90,7 @@ def chunked(
         )
 
     token = torch.arange(tokens, device=x.device)
-    sequence = torch.searchsorted(bounds, token, right=True) - 1  # of several that begin here the last: not an empty one
+    sequence = torch.searchsorted(bounds, token, right=True) - 1  # of several that begin here, the last
     z = x.new_zeros(tokens, channels, dtype=dtype) if bias is None else bias.to(dtype).expand(tokens, channels)
     for w in range(width):
         z = z + weight[:, w].to(dtype) * table[rows(sequence, token - begin[sequence] - tail + w)]
@@ -118,6 +118,6 @@ def step(
     live = (rows >= 0) & (rows < state.shape[0])
     pool = state[rows.clamp(0, state.shape[0] - 1)]
     y, after = chunked(x, weight, bias, activation=activation, initial_state=pool, output_final_state=True)
-    if bool(live.any()):
+    if after is not None and bool(live.any()):
         state[rows[live]] = after[live]
     return torch.where(live[:, None, None], y, torch.zeros_like(y))
