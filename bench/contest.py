@@ -54,12 +54,12 @@ class Contest:
         return self.group in ("call", "decode-cached")
 
     def sets(self, device: str) -> list[Inputs]:
-        """At least two, together more than twice the last-level cache, so that calls read memory; one if cached."""
+        """At least two, together four times the last-level cache, so that calls read memory; one if cached."""
         first = self.entry.inputs(self.case, self.mode, self.dtype, device, 0)
         if self.cached:
             return [first]
         size = sum(x.nbytes for x in first.values() if isinstance(x, torch.Tensor))
-        count = min(max(2, -(-2 * roofline.last_level_cache(device) // size)), max(1, MOST_SET_BYTES // size))
+        count = min(max(2, -(-4 * roofline.last_level_cache(device) // size)), max(1, MOST_SET_BYTES // size))
         return [first] + [self.entry.inputs(self.case, self.mode, self.dtype, device, i) for i in range(1, count)]
 
     def outcomes(self, choice: Choice) -> list[Outcome]:

@@ -26,7 +26,7 @@ from bench.contest import Choice, contests, listing  # noqa: E402
 from bench.registry import DTYPES, GROUPS, MODES, OPS  # noqa: E402
 
 # An H100 SXM's data sheet: floors of --dry-run on a machine without one.
-DATA_SHEET = roofline.Ceilings(copy=3.35e12, cached=3.35e12, float32=67e12, bfloat16=989e12)
+DATA_SHEET = roofline.Ceilings(memory=3.35e12, cached=3.35e12, float32=67e12, bfloat16=989e12)
 WRONG = ("INCORRECT", "ERROR")
 
 

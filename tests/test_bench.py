@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import registry, roofline, run, tables  # noqa: E402
+from bench import machine, registry, report, roofline, run, tables  # noqa: E402
 from bench.compare import Candidate, Gate, Race  # noqa: E402
 from bench.contest import Choice, contests  # noqa: E402
 from bench.ops import gated_delta_rule as entry  # noqa: E402
@@ -148,7 +148,7 @@ def test_step_flops_are_three_products_per_token():
 
 
 def test_floor_takes_the_slower_of_moving_and_computing():
-    ceilings = roofline.Ceilings(copy=10.0, cached=100.0, float32=1000.0, bfloat16=4000.0)
+    ceilings = roofline.Ceilings(memory=10.0, cached=100.0, float32=1000.0, bfloat16=4000.0)
     assert ceilings.floor(Work(bytes=100, flops=1000), torch.float32) == (10.0, "bytes")
     assert ceilings.floor(Work(bytes=100, flops=40000), torch.float16) == (10.0, "bytes")
     assert ceilings.floor(Work(bytes=100, flops=40000), torch.float32) == (40.0, "flops")
@@ -228,6 +228,61 @@ def test_float64_reference_in_pieces_equals_the_loop(monkeypatch):
     given = replace(TINY, length=37).make(torch.float64)
     expected, _ = reference.loop(**given)
     assert torch.allclose(entry.truth("fwd", given)["o"], expected, rtol=1e-10, atol=1e-12)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def summary(name, ms):
+    errors = {"before": {"o": 1e-7}, "after": {"o": 3e-7}}
+    times = {"min_ms": ms, "median_ms": 1.1 * ms, "p20_ms": ms, "p80_ms": 1.2 * ms, "rounds": 9}
+    return {"name": name, "version": "1", "status": "PASSED", "reason": "", "errors": errors, **times}
+
+
+def document(*rows):
+    info = machine.describe()
+    return {"schema": 1, "command": "python bench/run.py --op x", "device": "cpu", "dry_run": False, "machine": info,
+            "ceilings": roofline.Ceilings(1e10, 2e10, 1e11, 2e11).as_dict(), "rows": list(rows)}  # fmt: skip
+
+
+def row(ours, theirs, **more):
+    absent = {"name": "fla", "version": "", "status": "UNAVAILABLE", "reason": "fla is not installed", "errors": {}}
+    wrong = summary("transformers 9", 1.0) | {"status": "INCORRECT", "reason": "after timing: o is off"}
+    del wrong["min_ms"]
+    base = {"op": "gated_delta_rule", "mode": "fwd", "group": "training", "dtype": "float32", "shape": "B1 T8 H1 D16"}
+    base |= {"case": {"batch": 1, "length": 8}, "bytes": 10, "flops": 10, "floor_ms": 1.0, "bound": "flops", "goal": 3}
+    people = [summary("memattn cpu", ours), summary("transformers 4", theirs), wrong, absent]
+    return base | {"candidates": people} | more
+
+
+def test_a_page_says_what_was_won_and_lost(tmp_path):
+    results = document(row(2.0, 9.0), row(4.0, 3.0, shape="B9 T8 H1 D16", goal=None), row(8.0, 9.0, mode="step"))
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    text = report.page(tmp_path)
+    assert "| 3 × | 4.50 × | met |" in text and "| 3 × | 1.12 × | missed |" in text
+    assert "- gated_delta_rule forward B9 T8 H1 D16 float32: transformers 4 takes 0.75 of our time" in text
+    assert "transformers 9 | incorrect: after timing: o is off" in text and "- fla: fla is not installed" in text
+    assert text.count("    python bench/run.py --op x") == 2  # under each table
+    assert "3.0e-07" in text and "Nowhere" not in text
+
+
+def test_no_loss_is_said_and_a_missing_time_of_ours_is_a_loss():
+    assert report.losses([row(2.0, 9.0)]) == ["Nowhere among the rows above: no peer that ran was faster."]
+    nothing = row(2.0, 9.0)
+    nothing["candidates"] = nothing["candidates"][1:]
+    assert report.losses([nothing])[0].endswith("no time of ours, see the table")
+
+
+def test_published_figures_stand_beside_ours_and_say_so():
+    here = row(0.5, 9.0, dtype="bfloat16", shape="B1 T8192 H16/32 D128", group="training")
+    text = "\n".join(report.published_table([here]))
+    assert "not measured here" in text and "| FlashQLA, H200 | 0.280 | 0.500 |" in text
+    assert report.published_table([row(1.0, 2.0)]) == []
+
+
+def test_times_far_below_the_floor_are_called_suspect():
+    assert "suspect" in "\n".join(report.race_table([row(0.5, 9.0)]))
+    assert "suspect" not in "\n".join(report.race_table([row(0.9, 9.0)]))
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,14 @@ def sequence(batch: int, length: int, heads: int, value_heads: int, dim: int = 1
     )  # fmt: skip
 
 
+def packed(count: int, length: int, heads: int, value_heads: int, dim: int = 128) -> Case:
+    """`count` sequences of `length` tokens along one row."""
+    case = sequence(1, count * length, heads, value_heads, dim)
+    return replace(
+        case, name=case.name.replace(f"B1 T{count * length}", f"{count}xT{length}"), lengths=(length,) * count
+    )
+
+
 def decode(batch: int, heads: int, value_heads: int, dim: int = 128) -> Case:
     """One token per row, with its state."""
     return replace(sequence(batch, 1, heads, value_heads, dim), state=True)
@@ -43,12 +52,12 @@ CPU = {
     "decode-cached": (decode(1, 16, 32),),
     "call": (sequence(1, 1, 1, 1, 16),),
 }
-# Heads and lengths of the published tables of fla, FlashQLA and FlashInfer.
+# Heads and lengths of the tables that fla, FlashQLA and FlashInfer publish.
+HEADS = ((2, 8), (16, 32), (16, 64))
 GPU = {
-    "training": tuple(
-        sequence(*rows, *heads)
-        for heads in ((2, 8), (16, 32), (16, 64))
-        for rows in ((1, 2048), (1, 8192), (8, 1024), (4, 8192))
+    "training": (
+        *(sequence(1, length, *heads) for heads in HEADS for length in (2048, 8192, 32768)),
+        *(packed(*rows, *heads) for heads in HEADS for rows in ((8, 1024), (4, 8192))),
     ),
     "long": tuple(sequence(1, length, 16, 32) for length in LONG),
     "decode": tuple(decode(batch, 16, 32) for batch in (1, 8, 32, 64, 128, 256)),
@@ -78,13 +87,21 @@ def shapes(device: str, mode: str) -> list[tuple[str, Case]]:
     return [(group, case) for group in groups for case in table[group]]
 
 
+def small(case: Case) -> Case:
+    """The case with few tokens."""
+    lengths = None if case.lengths is None else (33, 0, 37)
+    return replace(case, batch=min(case.batch, 2), length=min(case.length, 70), lengths=lengths)
+
+
 def inputs(case: Case, mode: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     """Arguments of one call. Cases longer than PIECE tokens repeat a drawn piece: drawing a billion numbers is slow."""
-    drawn: Inputs = dict(replace(case, length=min(case.length, PIECE)).make(dtype, device, seed))
+    drawn: Inputs = dict(replace(case, lengths=None, length=min(case.tokens, PIECE)).make(dtype, device, seed))
     for name in ("q", "k", "v", "g", "beta"):
         x = drawn[name]
-        if isinstance(x, Tensor) and case.length > PIECE:
-            drawn[name] = x.repeat(1, -(-case.length // PIECE), *[1] * (x.dim() - 2))[:, : case.length].contiguous()
+        if isinstance(x, Tensor) and case.tokens > PIECE:
+            drawn[name] = x.repeat(1, -(-case.tokens // PIECE), *[1] * (x.dim() - 2))[:, : case.tokens].contiguous()
+    if case.lengths is not None:
+        drawn["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device=device)
     if mode == "step":
         drawn["state"] = drawn.pop("initial_state")
         del drawn["cu_seqlens"]
@@ -140,12 +157,16 @@ def truth(mode: str, given: Inputs) -> Results:
 
 
 def _in_pieces(q, k, v, g, beta, *, initial_state, cu_seqlens, **options):
-    outputs, state = [], initial_state
-    for a in range(0, q.shape[1], PIECE):
-        gates = (None if x is None else x[:, a : a + PIECE] for x in (g, beta))
-        part = (x[:, a : a + PIECE] for x in (q, k, v))
-        o, state = reference.chunked(*part, *gates, initial_state=state, output_final_state=True, **options)
-        outputs.append(o)
+    outputs, state = [], None
+    bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        state = initial_state if initial_state is None or cu_seqlens is None else initial_state[n : n + 1]
+        for a in range(begin, end, PIECE):
+            piece = slice(a, min(a + PIECE, end))
+            gates = (None if x is None else x[:, piece] for x in (g, beta))
+            part = (x[:, piece] for x in (q, k, v))
+            o, state = reference.chunked(*part, *gates, initial_state=state, output_final_state=True, **options)
+            outputs.append(o)
     return torch.cat(outputs, 1), state
 
 
@@ -221,7 +242,7 @@ ENTRY = Entry(
     op="gated_delta_rule",
     modes=("fwd", "fwdbwd", "step"),
     shapes=shapes,
-    small=lambda case: replace(case, batch=min(case.batch, 2), length=min(case.length, 70)),
+    small=small,
     inputs=inputs,
     call=call,
     truth=truth,

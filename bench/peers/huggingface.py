@@ -69,6 +69,8 @@ def forward_of(chunk: Callable) -> Callable:
     """The chunk function behind the signature of our op."""
 
     def forward(*, q, k, v, g, beta, initial_state, cu_seqlens, qk_l2norm, scale):
+        if cu_seqlens is not None:
+            raise NotImplementedError("takes no packed sequences")
         q, k = expand_heads(q, v), expand_heads(k, v)
         return chunk(q, k, v, g=g, beta=beta, initial_state=initial_state, use_qk_l2norm_in_kernel=qk_l2norm)
 
