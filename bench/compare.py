@@ -24,7 +24,8 @@ from bench.registry import Call, Entry, Inputs, Results
 WARM_AGREEING, WARM_TOLERANCE, WARM_LEAST, WARM_MOST = 3, 0.05, 8, 40
 ROUNDS_LEAST, ROUNDS_MOST = 5, 100
 BLOCK_SECONDS = 2e-3  # short calls are timed in blocks of at least this long
-QUEUE_CYCLES = 2_000_000  # about a millisecond of GPU sleep, during which the host enqueues the timed call
+BLOCK_MOST = 50  # calls
+QUEUE_CYCLES = 400_000  # about 0.2 ms of GPU sleep per call of a block, during which the host enqueues the block
 FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)  # become a row that says so
 
 
@@ -143,9 +144,9 @@ def seconds_cpu(call: Call, sets: list[Inputs]) -> tuple[float, Results]:
 
 
 def seconds_cuda(call: Call, sets: list[Inputs]) -> tuple[float, Results]:
-    """Device time by events. A sleep goes first, so that a short call is not measured as its launch."""
+    """Device time by events. A sleep goes first: short calls are then queued when they begin, not timed as launches."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(QUEUE_CYCLES)
+    torch.cuda._sleep(QUEUE_CYCLES * (len(sets) + 4))
     start.record()
     for given in sets:
         results = call(given)
@@ -247,7 +248,7 @@ class Race:
             if len(recent) >= WARM_LEAST and (agree or late):
                 break
         outcome.warm_calls = len(recent)
-        outcome.calls_per_block = max(1, round(BLOCK_SECONDS / max(min(recent), 1e-9)))
+        outcome.calls_per_block = max(1, min(BLOCK_MOST, round(BLOCK_SECONDS / max(min(recent), 1e-9))))
 
     def _rounds(self, alive: list[tuple[Candidate, Outcome]]) -> None:
         started = time.perf_counter()
