@@ -28,6 +28,7 @@ class SequenceLayout {
 
   int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
   int64_t start(int64_t n) const { return bounds_[n]; }  // in rows of the flattened [B * T, ...] tensors
+  int64_t end(int64_t n) const { return bounds_[n + 1]; }
   int64_t length(int64_t n) const { return bounds_[n + 1] - bounds_[n]; }
   int64_t chunks(int64_t n, int64_t span) const { return (length(n) + span - 1) / span; }
   bool has_unused_slots() const { return packed_; }

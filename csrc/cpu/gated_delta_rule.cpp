@@ -199,8 +199,10 @@ class Forward {
     Acc* state = whole_state + begin;
     if (out_.states && chunk % rule_.checkpoint_every == 0) save_state(item, chunk, value_head, whole_state, begin, end);
 
+    RowsAhead ahead = rows_of_next_chunk(item, value_head, chunk);
     const Right<E> s0 = as_right(isa_, t.state_operand, state, ld, s_.key_dim, width);
     Acc *reads = t.reads, *outputs = t.reads + int64_t{n} * ld;
+    ahead.fetch();
     isa_.gemm(reads, ld, keys.kq_left, s0, 2 * n, width, s_.key_dim, 0, Part::full);
 
     const int64_t stride = rule_.value_heads * rule_.value_dim;
@@ -208,15 +210,33 @@ class Forward {
     isa_.load_rows(t.values, ld, n, width, offset(rule_.v, rule_.element, at), rule_.element, stride, keys.rows, true_width);
     isa_.residual_rows(reads, ld, head.gates.from_start, t.values, ld, n, width);
     isa_.pack_right(t.right, ld, reads, ld, head.gates.beta, n, width);
+    ahead.fetch();
     isa_.gemm(t.fresh, ld, head.solve_left, {t.right, ld}, n, width, n, 0, Part::lower_a);
 
     for (int i = 0; i < n; ++i) t.row_scale[i] = Acc(rule_.scale) * head.gates.from_start[i];
     isa_.scale_rows(outputs, ld, t.row_scale, n, width);
+    ahead.fetch();
     isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, t.fresh, ld, n, width), n, width, n, 1, Part::lower_a);
     isa_.store_rows(offset(out_.o, rule_.element, at), rule_.element, stride, outputs, ld, nullptr, keys.rows, true_width);
 
     isa_.pack_right(t.right, ld, t.fresh, ld, head.gates.to_end, n, width);
+    ahead.fetch();
     isa_.gemm(state, ld, transposed(keys.kq_right), {t.right, ld}, s_.key_dim, width, n, head.gates.whole, Part::full);
+  }
+
+  // The value rows of this head, and with the first head the keys and queries of the item.
+  RowsAhead rows_of_next_chunk(const Item& item, int64_t value_head, int64_t chunk) const {
+    RowsAhead ahead;
+    const int64_t token = rule_.sequences.start(item.sequence) + (chunk + 1) * rule_.chunk_size;
+    const int64_t rows = std::min<int64_t>(rule_.sequences.end(item.sequence) - token, rule_.chunk_size);
+    const int64_t row = token * rule_.value_heads + item.first_value_head + value_head;
+    ahead.add(rule_.v, rule_.element, row * rule_.value_dim, rule_.value_heads * rule_.value_dim, rows, rule_.value_dim);
+    if (value_head > 0) return ahead;
+    for (const void* x : {rule_.k, rule_.q}) {
+      const int64_t first = (token * rule_.heads + item.head) * rule_.key_dim;
+      ahead.add(x, rule_.element, first, rule_.heads * rule_.key_dim, rows, rule_.key_dim);
+    }
+    return ahead;
   }
 
   const DeltaRule& rule_;

@@ -133,6 +133,39 @@ Left<E> rows_from(Left<E> a, int row) {
   return {a.data + row * a.row, a.row, a.step};
 }
 
+// Rows that the next chunk will read. Heads are interleaved in memory, so every row lies in another page and no hardware
+// prefetcher follows; the chunk at hand asks for them a few at a time, between its products.
+class RowsAhead {
+ public:
+  void add(const void* base, Element element, int64_t first, int64_t stride, int64_t rows, int cols) {
+    if (rows <= 0) return;
+    streams_[count_++] = {static_cast<const char*>(offset(base, element, first)), stride * bytes_of(element),
+                          cols * bytes_of(element), rows};
+    most_ = std::max(most_, rows);
+  }
+
+  // The next third of the rows of every stream.
+  void fetch() {
+    const int64_t end = std::min(done_ + (most_ + 2) / 3, most_);
+    for (int s = 0; s < count_; ++s) {
+      const Stream& stream = streams_[s];
+      for (int64_t row = done_; row < std::min(end, stream.rows); ++row) {
+        for (int64_t byte = 0; byte < stream.bytes; byte += 64) __builtin_prefetch(stream.base + row * stream.stride + byte, 0, 2);
+      }
+    }
+    done_ = end;
+  }
+
+ private:
+  struct Stream {
+    const char* base;
+    int64_t stride, bytes, rows;
+  };
+  Stream streams_[3] = {};
+  int count_ = 0;
+  int64_t most_ = 0, done_ = 0;
+};
+
 // --- one chunk of one key head ---------------------------------------------------------------------------------------
 
 // Rows of K, then of Q, normalised if asked (Q without scale: it enters where sums are scaled anyway), and K KT, Q KT.

@@ -149,7 +149,7 @@ class Backward {
   }
 
   template <class Each>
-  void process(const Item* items, int64_t count, Workspace& w, int64_t span, int64_t threads, const Each& each) {
+  void process(const Item* items, int64_t count, Workspace& w, int64_t, int64_t threads, const Each& each) {
     const int64_t group = rule_.group(), every = rule_.checkpoint_every, most = most_chunks(items, count);
     const ColumnBlocks blocks(s_, count * group, threads);
     each(count * group, [&](int64_t i, int64_t) { start_dstate(items[i / group], i % group, w.dstates[i]); });
@@ -159,23 +159,11 @@ class Backward {
       const auto chunk_count = [&](int64_t item) {
         return first_chunk(item) < 0 ? 0 : std::min(every, items[item].chunks - first_chunk(item));
       };
-      each(count * span, [&](int64_t i, int64_t worker) {
-        const int64_t item = i / span, c = i % span;
-        if (c < chunk_count(item)) {
-          prepare(items[item], first_chunk(item) + c, &w.rebuilt[item * span], w.rebuilt[i], w.temporaries[worker]);
-        }
-      });
-      each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
-        const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
-        for (int64_t c = 0; c < chunk_count(item); ++c) {
-          Acc* next = c + 1 < chunk_count(item) ? w.rebuilt[item * span + c + 1].heads[head].state : nullptr;
-          rebuild(items[item], head, w.rebuilt[item * span + c], next, w.temporaries[worker], blocks.begin(block),
-                  blocks.end(block));
-        }
-      });
       if (w.shared) {
+        rebuild_shared(items, count, w, blocks, first_chunk, chunk_count, each);
         reverse_shared(items, count, w, blocks, chunk_count, each);
-      } else if (chunk_count(0) > 0) {
+      } else {
+        rebuild_alone(items[0], w, first_chunk(0), chunk_count(0));
         reverse_alone(items[0], w, chunk_count(0));
       }
     }
@@ -184,6 +172,36 @@ class Backward {
 
  private:
   int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
+
+  // One thread: a chunk is scanned as soon as it is prepared.
+  void rebuild_alone(const Item& item, Workspace& w, int64_t first, int64_t chunks) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      prepare(item, first + c, w.rebuilt[c], c == 0, w.temporaries[0]);
+      for (int64_t head = 0; head < rule_.group(); ++head) {
+        Acc* next = c + 1 < chunks ? w.rebuilt[c + 1].heads[head].state : nullptr;
+        rebuild(item, head, w.rebuilt[c], next, w.temporaries[0], 0, s_.value_dim);
+      }
+    }
+  }
+
+  // All threads: the chunks, then the scan over column blocks.
+  template <class First, class Count, class Each>
+  void rebuild_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks, const First& first_chunk,
+                      const Count& chunk_count, const Each& each) {
+    const int64_t group = rule_.group();
+    each(count * w.chunks, [&](int64_t i, int64_t worker) {
+      const int64_t item = i / w.chunks, c = i % w.chunks;
+      if (c < chunk_count(item)) prepare(items[item], first_chunk(item) + c, w.rebuilt[i], c == 0, w.temporaries[worker]);
+    });
+    each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
+      const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
+      RebuiltChunk<E>* chunks = &w.rebuilt[item * w.chunks];
+      for (int64_t c = 0; c < chunk_count(item); ++c) {
+        Acc* next = c + 1 < chunk_count(item) ? chunks[c + 1].heads[head].state : nullptr;
+        rebuild(items[item], head, chunks[c], next, w.temporaries[worker], blocks.begin(block), blocks.end(block));
+      }
+    });
+  }
 
   // One thread: each chunk's gradients while its data is in cache.
   void reverse_alone(const Item& item, Workspace& w, int64_t chunks) {
@@ -253,6 +271,29 @@ class Backward {
   }
   int64_t value_stride() const { return rule_.value_heads * rule_.value_dim; }
 
+  // For the rebuilding scan: value rows, and with the first head the keys and queries.
+  RowsAhead rows_of_next_chunk(const Item& item, int64_t head, const RebuiltChunk<E>& r, int begin, int cols) const {
+    RowsAhead ahead;
+    const int64_t token = r.keys.first_token + rule_.chunk_size, end = rule_.sequences.end(item.sequence);
+    const int64_t rows = std::min<int64_t>(end - token, rule_.chunk_size);
+    ahead.add(rule_.v, rule_.element, value_row(item, head, token) + begin, value_stride(), rows, cols);
+    if (head > 0 || begin > 0) return ahead;
+    for (const void* x : {rule_.k, rule_.q}) {
+      ahead.add(x, rule_.element, (token * rule_.heads + item.head) * rule_.key_dim, rule_.heads * rule_.key_dim, rows,
+                rule_.key_dim);
+    }
+    return ahead;
+  }
+
+  // For the reverse scan: rows of dO.
+  RowsAhead rows_of_previous_chunk(const Item& item, int64_t head, const RebuiltChunk<E>& r, int begin, int cols) const {
+    RowsAhead ahead;
+    const int64_t token = r.keys.first_token - rule_.chunk_size;
+    if (token < rule_.sequences.start(item.sequence)) return ahead;
+    ahead.add(grads_.d_o, rule_.element, value_row(item, head, token) + begin, value_stride(), rule_.chunk_size, cols);
+    return ahead;
+  }
+
   // --- state gradients at the ends ---
 
   void start_dstate(const Item& item, int64_t head, Acc* dstate) const {
@@ -271,7 +312,7 @@ class Backward {
   // --- rebuilding the forward ---
 
   // Keys, gates and T of a chunk; the first chunk of a group also fetches its state.
-  void prepare(const Item& item, int64_t chunk, const RebuiltChunk<E>* first, RebuiltChunk<E>& r, BackwardTemporaries<E>& t) const {
+  void prepare(const Item& item, int64_t chunk, RebuiltChunk<E>& r, bool first, BackwardTemporaries<E>& t) const {
     r.keys.prepare(rule_, isa_, s_, item.sequence, chunk, item.head, t.key_value);
     const int n = r.keys.padded, c = rule_.chunk_size, rows = std::min(n, c);
     const int64_t slot = rule_.sequences.slot(item.sequence, chunk, c);
@@ -282,7 +323,7 @@ class Backward {
       isa_.load_rows(head.solve, s_.ld_chunk, n, n, offset(grads_.solve, kAcc, at), kAcc, c, rows, rows);
       head.solve_left = as_left(isa_, head.solve_left_buffer, head.solve, s_.ld_chunk, n, n);
       head.solve_right = as_right(isa_, head.solve_right_buffer, head.solve, s_.ld_chunk, n, n);
-      if (&r == first) load_checkpoint(item, chunk, i, head.state);
+      if (first) load_checkpoint(item, chunk, i, head.state);
     }
   }
 
@@ -299,16 +340,21 @@ class Backward {
     RebuiltHead<E>& h = r.heads[head];
     const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
     Acc *error = h.error + begin, *fresh = h.fresh + begin;
+    RowsAhead ahead = rows_of_next_chunk(item, head, r, begin, true_width);
     const Right<E> s0 = as_right(isa_, t.key_value, h.state + begin, ld, s_.key_dim, width);
+    ahead.fetch();
     isa_.gemm(error, ld, r.keys.kq_left, s0, n, width, s_.key_dim, 0, Part::full);
     const void* v = offset(rule_.v, rule_.element, value_row(item, head, r.keys.first_token) + begin);
     isa_.load_rows(t.values, ld, n, width, v, rule_.element, value_stride(), r.keys.rows, true_width);
     isa_.residual_rows(error, ld, h.gates.from_start, t.values, ld, n, width);
     isa_.pack_right(t.chunk_value, ld, error, ld, h.gates.beta, n, width);
+    ahead.fetch();
     isa_.gemm(fresh, ld, h.solve_left, {t.chunk_value, ld}, n, width, n, 0, Part::lower_a);
+    ahead.fetch();
     if (next == nullptr) return;
     copy_columns(next, h.state, begin, end);
     isa_.pack_right(t.chunk_value, ld, fresh, ld, h.gates.to_end, n, width);
+    ahead.fetch();
     isa_.gemm(next + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim, width, n, h.gates.whole, Part::full);
   }
 
@@ -335,12 +381,17 @@ class Backward {
     const int64_t at = value_row(item, head, r.keys.first_token) + begin;
     Acc *dx = reverse.grads + begin, *d_o = dx + int64_t{n} * ld, *dfresh = t.values;
     isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.element, at), rule_.element, value_stride(), r.keys.rows, true_width);
+    RowsAhead ahead = rows_of_previous_chunk(item, head, r, begin, true_width);
     const Right<E> ds1 = as_right(isa_, t.key_value, dstate + begin, ld, s_.key_dim, width);
+    ahead.fetch();
     isa_.gemm(dfresh, ld, r.keys.kq_left, ds1, n, width, s_.key_dim, 0, Part::full);
     isa_.scale_rows(dfresh, ld, h.gates.to_end, n, width);
+    ahead.fetch();
     isa_.gemm(dfresh, ld, transposed(reverse.attention_right), as_right(isa_, t.chunk_value, d_o, ld, n, width), n, width, n, 1,
               Part::upper_a);
+    ahead.fetch();
     isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0, Part::upper_a);
+    ahead.fetch();
     isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld, h.gates.beta, r.keys.rows,
                     true_width);
   }
@@ -399,15 +450,14 @@ class Backward {
     isa_.gemm(t.inter, ld, fresh, {t.key_value, ld}, n, s_.key_dim, s_.value_dim, 0, Part::full);
     isa_.add_rows(t.dkq, ld, h.gates.to_end, t.inter, ld, n, s_.key_dim);
     isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, n, s_.key_dim);
-    Acc last = 0;
+    double last = 0, overlap = 0;  // every dg of the chunk holds their sum, where most of it cancels
     for (int i = 0; i < n; ++i) {
       t.dgate[i] -= h.gates.to_end[i] * t.row[i];
       last += h.gates.to_end[i] * t.row[i];
     }
     isa_.dot_rows(t.row, h.state, s_.ld_value, dstate, s_.ld_value, s_.key_dim, s_.value_dim);
-    Acc overlap = 0;
     for (int i = 0; i < s_.key_dim; ++i) overlap += t.row[i];
-    t.dgate[n - 1] += last + h.gates.whole * overlap;
+    t.dgate[n - 1] += static_cast<Acc>(last + h.gates.whole * overlap);
   }
 
   // dQ += M1 K, dK += M1T Q + N2 K + N2T K.
