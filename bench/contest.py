@@ -12,9 +12,10 @@ import torch
 
 from bench import candidates, registry, roofline
 from bench.compare import Candidate, Gate, Outcome, Race, seconds_host
-from bench.registry import DTYPES, Entry, Inputs
+from bench.registry import CACHED_GROUPS, DTYPES, Entry, Inputs
 
 MOST_SET_BYTES = 4 << 30
+LONG_WITH_PEERS = 8192  # tokens; beyond, the long rows on a CPU are about our own time per token
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Contest:
     @property
     def cached(self) -> bool:
         """Whether the data stays in the processor's cache between calls."""
-        return self.group in ("call", "decode-cached")
+        return self.group in CACHED_GROUPS
 
     def sets(self, device: str) -> list[Inputs]:
         """At least two, together four times the last-level cache, so that calls read memory; one if cached."""
@@ -65,7 +66,9 @@ class Contest:
     def outcomes(self, choice: Choice) -> list[Outcome]:
         """Gate, and unless it is a dry run time, all candidates."""
         device = "cpu" if choice.dry else choice.device
-        found = candidates.all_of(self.entry, self.mode, device, self.dtype, choice.backend, choice.wheel)
+        found = candidates.ours(self.entry, self.mode, device, self.dtype, choice.backend)
+        if not (self.group == "long" and device == "cpu" and self.case.length > LONG_WITH_PEERS):
+            found += candidates.peers(self.entry, self.mode, device, choice.wheel)
         able = [c for c in found if isinstance(c, Candidate)]
         gate = Gate(self.entry, self.mode, self.entry.ceiling[self.dtype])
         if choice.dry:
@@ -82,8 +85,7 @@ class Contest:
     def row(self, ceilings: roofline.Ceilings, choice: Choice) -> dict[str, Any]:
         """As stored in the JSON results."""
         work = self.entry.work(self.case, self.mode, self.dtype)
-        seconds, bound = ceilings.floor(work, self.dtype, self.cached)
-        return {
+        row = {
             "op": self.entry.op,
             "mode": self.mode,
             "group": self.group,
@@ -92,11 +94,10 @@ class Contest:
             "case": asdict(self.case),
             "bytes": work.bytes,
             "flops": work.flops,
-            "floor_ms": 1e3 * seconds,
-            "bound": bound,
             "goal": self.entry.goals.get((self.mode, self.dtype_name, self.case.name)),
             "candidates": [o.summary() for o in self.outcomes(choice)],
         }
+        return row | ceilings.floor_of(row)
 
 
 def contests(choice: Choice) -> Iterator[Contest]:

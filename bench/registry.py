@@ -18,6 +18,7 @@ MODES = ("fwd", "fwdbwd", "step")
 # long: T grows alone. decode-cached: one input set over and over, so that its state stays in the processor's cache.
 # call: so small that the time is what a call costs; on a GPU the host's time.
 GROUPS = ("training", "long", "decode", "decode-cached", "call")
+CACHED_GROUPS = ("decode-cached", "call")
 OPS = ("gated_delta_rule", "causal_conv1d")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.registry import Work
+from bench.registry import CACHED_GROUPS, DTYPES, Work
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,22 @@ class Ceilings:
         moving, computing = work.bytes / (self.cached if cached else self.memory), work.flops / self.rate(dtype)
         return (moving, "bytes") if moving >= computing else (computing, "flops")
 
+    def floor_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """floor_ms and bound of a row of the results."""
+        cached = row["group"] in CACHED_GROUPS
+        seconds, bound = self.floor(Work(row["bytes"], row["flops"]), DTYPES[row["dtype"]], cached)
+        return {"floor_ms": 1e3 * seconds, "bound": bound}
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The better of two measurements, rate by rate: whatever else ran can only have made one slower."""
+        return Ceilings(**{name: max(rate, getattr(other, name)) for name, rate in self.as_dict().items()})
+
     def as_dict(self) -> dict[str, float]:
         """For the JSON results."""
         return asdict(self)
 
 
-def best_seconds(run: Callable[[], object], device: str, repeats: int = 8) -> float:
+def best_seconds(run: Callable[[], object], device: str, repeats: int = 20) -> float:
     """Fastest of `repeats` after two warm calls."""
 
     def once() -> float:

@@ -73,13 +73,19 @@ def run(choice: Choice, command: str, path: Path | None) -> dict[str, Any]:
     info = machine.describe()
     sheet = choice.dry and choice.device == "cuda"
     ceilings = DATA_SHEET if sheet else roofline.measure(choice.device)
-    print(tables.heading(machine.one_line(info), ceilings, sheet))
+    print(machine.one_line(info))
+    print(tables.rates(ceilings, "from the data sheet of an H100 SXM, not measured" if sheet else "measured now"))
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"schema": 1, "command": command, "device": choice.device, "dry_run": choice.dry}
     document |= {"machine": info, "ceilings": ceilings.as_dict(), "rows": rows}
     for contest in contests(choice):
         rows.append(contest.row(ceilings, choice))
         print(tables.race(rows[-1]), flush=True)
+        write(path, document)
+    if not choice.dry:
+        ceilings = ceilings.best(roofline.measure(choice.device))
+        print("\n" + tables.rates(ceilings, "the better of before and after; the JSON's floors are of these"))
+        document |= {"ceilings": ceilings.as_dict(), "rows": [row | ceilings.floor_of(row) for row in rows]}
         write(path, document)
     print(tables.per_token(rows))
     if not (choice.quick or choice.dry):

@@ -17,12 +17,11 @@ def number(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
 
 
-def heading(line: str, ceilings: Ceilings, data_sheet: bool) -> str:
-    """The machine and what it can do at most."""
-    source = "from the data sheet of an H100 SXM, not measured" if data_sheet else "measured now"
+def rates(ceilings: Ceilings, source: str) -> str:
+    """What the machine can do at most."""
     memory = f"memory {ceilings.memory / 1e9:.0f} GB/s read plus written ({ceilings.cached / 1e9:.0f} in cache)"
     product = f"{ceilings.float32 / 1e9:.0f} GFLOP/s float32, {ceilings.bfloat16 / 1e9:.0f} bfloat16"
-    return f"{line}\nceilings ({source}): {memory}; matrix product {product}"
+    return f"ceilings ({source}): {memory}; matrix product {product}"
 
 
 def ours(row: Row) -> Row | None:
