@@ -12,7 +12,7 @@ from support.compare import relative_error
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memattn.backends import BackendError
+from memattn import backends
 from memattn.nn import DeltaNet, GatedDeltaNet
 from memattn.nn.padding import PaddedRows
 from memattn.reference import gated_delta_rule as reference
@@ -348,8 +348,8 @@ def test_compile_fullgraph_forward_and_backward(name):
 
 def test_compile_fullgraph_packed_and_step():
     layer, x = make("grouped"), draw(1, T, EMBED)
-    bounds, start = torch.tensor([0, 11, 40, T]), warm_state(make("grouped"), 3)
-    if not _native():
+    bounds, start = torch.tensor([0, 11, 40, T]), warm_state(layer, 3)
+    if backends.choose("gated_delta_rule_step", backends.Request("cpu", torch.float32)) == "chunked":
         pytest.skip("plain torch walks packed sequences and state pools on the host")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     close(compiled(x, start, cu_seqlens=bounds), layer(x, start, cu_seqlens=bounds))
@@ -358,12 +358,6 @@ def test_compile_fullgraph_packed_and_step():
         ours, theirs = start.clone(), start.clone()
         close(step(x[:, :3].transpose(0, 1), ours)[0], layer.step(x[:, :3].transpose(0, 1), theirs)[0])
     close_states(ours, theirs)
-
-
-def _native():
-    from memattn import backends
-
-    return not backends.why_not("gated_delta_rule", "cpu", backends.Request("cpu", torch.float32))
 
 
 def test_compile_with_inductor():
@@ -453,7 +447,7 @@ def test_ddp_and_fsdp2_on_two_processes(tmp_path):
             r"initial_state has shape \[3, 144, 3\]",
         ),
         (lambda: make("gated").step(draw(2, 1, EMBED), make("gated").init_state(2)), RuntimeError, "no_grad"),
-        (lambda: make("gated", backend="cuda")(draw(2, 9, EMBED)), BackendError, "cuda"),
+        (lambda: make("gated", backend="cuda")(draw(2, 9, EMBED)), backends.BackendError, "cuda"),
         (lambda: make("gated", chunk_size=48)(draw(2, 9, EMBED)), ValueError, "chunk_size is 48; allowed: 16, 32, 64"),
     ],
 )

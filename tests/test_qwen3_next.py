@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import sys
 import warnings
 
 import pytest
 import torch
 from support.compare import relative_error
 
+# transformers looks for Hugging Face's package `kernels`, and from the source root would find this project's folder.
+sys.modules.setdefault("kernels", None)
 transformers = pytest.importorskip("transformers")
 
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # noqa: E402
@@ -128,12 +131,14 @@ def test_a_step_with_gradients_enabled_uses_the_differentiable_op():
 
 
 @torch.no_grad()
-def test_bfloat16_model():
-    ids = prompt()
-    exact = original()(ids).logits
-    ours, theirs = (copy.deepcopy(model).bfloat16()(ids).logits for model in (patched(), original()))
-    assert ours.dtype == torch.bfloat16
-    assert relative_error(ours, exact) <= 1.5 * relative_error(theirs, exact)
+def test_bfloat16_layers():
+    """Layer by layer: through a whole model rounding changes which experts a token goes to."""
+    x = torch.randn(2, T, 64, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(patched().model.layers[:3], original().model.layers[:3], strict=True):
+        exact = theirs.linear_attn(x)
+        ours, theirs = (copy.deepcopy(layer.linear_attn).bfloat16()(x.bfloat16()) for layer in (ours, theirs))
+        assert ours.dtype == torch.bfloat16
+        assert relative_error(ours, exact) <= 1.5 * relative_error(theirs, exact)
 
 
 @pytest.mark.skipif(VERSION < (5, 16), reason="this transformers does not pass packed bounds to the layer")
