@@ -1,4 +1,4 @@
-// Products of bf16 pairs accumulated in float (vdpbf16ps), everything else as in the AVX-512 table.
+// bf16 operands without tiles: products of pairs (vdpbf16ps), everything else as in the AVX-512 table.
 #include "primitives.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -22,20 +22,7 @@ namespace {
 
 #include "vec_avx512.inl.h"
 #include "kernels.inl.h"
-#include "bf16_pack.inl.h"
-
-struct Bf16Dot {
-  using E = bf16;
-  using Vec = Avx512Vec;
-  using Wide = __m512i;
-  static Wide broadcast(const bf16* pair) {
-    int dword;
-    memcpy(&dword, pair, 4);
-    return _mm512_set1_epi32(dword);
-  }
-  static Wide load(const bf16* p) { return _mm512_loadu_si512(p); }
-  static __m512 mac(__m512 c, Wide a, Wide b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-};
+#include "bf16_avx512.inl.h"
 
 }  // namespace
 

@@ -1,5 +1,18 @@
-// Operands of bf16 products from float rows, for the tables with hardware bf16. Included inside the anonymous namespace
-// and target region of those tables, after vec_avx512.inl.h.
+// Products of bf16 pairs accumulated in float (vdpbf16ps), and their operands from float rows, for the tables with
+// hardware bf16. Included inside the anonymous namespace and target region of those tables, after vec_avx512.inl.h.
+
+struct Bf16Dot {
+  using E = bf16;
+  using Vec = Avx512Vec;
+  using Wide = __m512i;
+  static Wide broadcast(const bf16* pair) {
+    int dword;
+    memcpy(&dword, pair, 4);
+    return _mm512_set1_epi32(dword);
+  }
+  static Wide load(const bf16* p) { return _mm512_loadu_si512(p); }
+  static __m512 mac(__m512 c, Wide a, Wide b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+};
 
 struct Bf16Pack {
   static __m512i as_bf16(__m512 high, __m512 low) {  // 32 bf16: those of `low` first
