@@ -38,6 +38,12 @@ def _place(D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _tiles(program, tokens, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """How many of this program's tiles hold a token."""
+    return tl.minimum(tl.cdiv(tokens - program * (TILES * BLOCK_T), BLOCK_T), TILES).to(tl.int32)
+
+
+@triton.jit
 def _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED: tl.constexpr):
     """First token and one past the last of each sequence, kept inside the buffer whatever cu_seqlens holds."""
     if PACKED:
@@ -142,7 +148,7 @@ def forward_kernel(
 ):  # fmt: skip
     program, channel = _place(D, BLOCK_D)
     weights = _weights(weight, channel, D, W, ACC)
-    for tile in range(TILES):
+    for tile in range(_tiles(program, tokens, TILES, BLOCK_T)):
         token = (program * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         sequence = _sequence_of(token, cu_seqlens, length, sequences, steps, PACKED)
         begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
@@ -191,7 +197,7 @@ def backward_kernel(
     sums = ()
     for _ in tl.static_range(W + 1):
         sums = sums + (tl.zeros((BLOCK_D,), ACC),)
-    for tile in range(TILES):
+    for tile in range(_tiles(program, tokens, TILES, BLOCK_T)):
         token = (program * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         sequence = _sequence_of(token, cu_seqlens, length, sequences, steps, PACKED)
         begin, end = _bounds(sequence, cu_seqlens, tokens, length, sequences, PACKED)
