@@ -1,5 +1,5 @@
-"""Triton kernels, one file per op, installed as memattn.kernels. They know tiles and launches, no modules, no autograd.
+"""Triton kernels, one file per op, installed as memattn.kernels. They know tiles and launches, not modules or autograd.
 
-Each file: the mathematics with its symbols and shapes, the kernels, then the launchers that allocate and return tensors.
+Each file: the mathematics with its symbols and shapes, the kernels, then launchers that allocate and return tensors.
 Configurations are pinned per architecture in _tuned/*.json and never searched for at run time.
 """

@@ -18,14 +18,18 @@ from triton import knobs
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def architecture() -> str:
-    """Which file serves the current device: sm90 for 9.x, sm100 for 10.x, sm80 for the rest.
+@functools.cache
+def _architecture(device: int) -> str:
+    """Which file serves a device: sm90 for 9.x, sm100 for 10.x, sm80 for the rest.
 
     12.x, like 8.6 and 8.9, has 99 KiB of shared memory a block, which is what the sm80 file keeps to.
     """
-    if knobs.runtime.interpret:
-        return "sm90"
     return {9: "sm90", 10: "sm100"}.get(triton.runtime.driver.active.get_current_target().arch // 10, "sm80")
+
+
+def architecture() -> str:
+    """Name of the file for the current device; the interpreter takes sm90's."""
+    return "sm90" if knobs.runtime.interpret else _architecture(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache

@@ -11,7 +11,8 @@ Chunk form, C rows at a time, S0 the state before them, G the inclusive cumulati
 
 Kernels:
     l2norm    rows of q or k divided by sqrt(Σx² + 1e-6), stored in the input dtype
-    prepare   per chunk and value head: G, T, U, W. The only stage that knows the kind of gate
+    prepare   per chunk and value head: G, T, U, W. The only stage that knows the kind of gate; the backward runs it
+              again with T known, and then also gets AᵀdO from it
     scan      per sequence, value head and block of value columns, chunk after chunk: stores S0 and Vn = U − W S0,
               then S ← decay S + KᵀVn. The backward runs it again from saved states, one program per group of chunks
     output    per chunk, value head and block of value columns: O
@@ -21,8 +22,8 @@ Symbols and shapes: q, k [B,T,H,K]; v, u, vn, o [B,T,HV,V]; w [B,T,HV,K]; g, bet
     Slot of chunk c of sequence n: n·⌈T/C⌉ + c, packed cu_seqlens[n]//C + n + c; the grid covers the bound T//C + N, so
     nothing is read back from the device.
 
-Numerics: sums, gates, T and the running state are float32 (float64 for float64 inputs); operands of a product are in the
-    input dtype. T is IEEE float32 whatever the input. β and e^G are multiplied into the columns of T before the one
+Numerics: sums, gates, T and the running state are float32 (float64 for float64 inputs); operands of a product are in
+    the input dtype. T is IEEE float32 whatever the input. β and e^G are multiplied into the columns of T before the one
     rounding it gets, so that K and V enter U and W exactly. Only differences G_i − G_j with i ≥ j are exponentiated.
     U, W, Vn and h are stored in the input dtype, which is what the products that read them need.
 """
@@ -46,7 +47,6 @@ from memattn.kernels.tiles import (
     locate,
     locate_chunk,
     pair_decay,
-    sequence_bounds,
     store_tile,
     unit_lower_inverse,
 )
@@ -54,8 +54,8 @@ from memattn.kernels.tiles import (
 OPERANDS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 16, torch.float16: 16}  # -> configuration
 L2NORM_EPS = tl.constexpr(1e-6)
 SIZES = [  # run-time numbers: never compiled in, whatever their value
-    "N", "T", "H", "HV", "tokens", "rows", "group", "every", "packed", "has_g", "has_beta", "has_start", "save", "final",
-    "normalised", "solved",
+    "N", "T", "H", "HV", "tokens", "rows", "group", "every",
+    "packed", "has_g", "has_beta", "has_start", "save", "solved", "final", "normalised",
 ]  # fmt: skip
 
 

@@ -11,16 +11,16 @@ Given dO and, per chunk, the gradient dS1 of the state after it (q times scale, 
     dg   = reverse cumulative sum of dG inside the chunk
 No gradient of the inverse is needed: Vn = T X gives dX = TᵀdVn and dL = −dX Vnᵀ.
 
-Kernels, after l2norm, prepare (T is known; adds AᵀdO) and scan (from the saved states, one program per group of chunks):
+Kernels, after l2norm, prepare (T known; adds AᵀdO) and scan (from the saved states, one program per group of chunks):
     reverse    per sequence, value head and block of value columns, from the last chunk to the first: stores dS1, dX
                and dV; ends with the gradient of the initial state
     pairs      per chunk and value head: scale M1, M2, dX_i·V_i
     gradient   per chunk, value head and block of key columns: dq, dk per value head, dg, dβ (partial sums over blocks)
     reduce     dq, dk summed over the value heads of a key head in a fixed order, then the chain rule of l2norm
 
-Numerics: a transposed 16-bit copy of a fresh product as an operand is miscompiled by some Triton versions on Hopper, so
-    Aᵀ is computed as such and M1, M2 pass through memory. k·a and k·b see the same rounded βM2: in the reverse cumulative
-    sum the two ends of a pair cancel exactly when both lie after the token. No atomics anywhere.
+Numerics: a transposed 16-bit copy of a fresh product is miscompiled as an operand by some Triton versions on Hopper, so
+    Aᵀ is computed as such and M1, M2 pass through memory. k·a and k·b see the same rounded βM2: in the reverse
+    cumulative sum the two ends of a pair cancel exactly when both lie after the token. No atomics anywhere.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def reverse_kernel(
     dS = tl.load(
         dfinal_state + n * HV * K * V + place, mask=inside & (d < K * has_start)[:, None], other=0.0
     ).to(ACC)  # fmt: skip
-    for step in range(0, chunks):
+    for step in range(chunks):
         c = chunks - 1 - step
         row = first + c * C
         rows = length - c * C
@@ -208,7 +208,7 @@ def reduce_kernel(
     i = tl.arange(0, BLOCK_R)
     live = i < rows - row
     dY = tl.zeros((BLOCK_R, BLOCK_K), ACC)
-    for member in range(0, group):
+    for member in range(group):
         dY += load_tile(part + (row * group + member) * K, i, live, group * K, 0, K, BLOCK_K)
     X = load_tile(x + row * K, i, live, K, 0, K, BLOCK_K).to(ACC)
     inverse = l2norm_rows(X)[:, None]

@@ -97,6 +97,7 @@ def _halves(x, AXIS: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. IEEE float32 runs on FMA units, whose code holds whole rows of a in registers: at most 32 long."""
     if PRECISION == "ieee" and a.dtype == tl.float32 and a.shape[1] > 32:
         a0, a1 = _halves(a, 1)
         b0, b1 = _halves(b, 0)
