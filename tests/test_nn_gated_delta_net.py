@@ -31,6 +31,14 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def on_device(device):
+    """Layers and inputs are made where --device says."""
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=LAYERS)
 def name(request):
     return request.param
@@ -48,7 +56,8 @@ def make(name, seed=0, **kwargs):
 
 
 def draw(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 def warm_state(layer, batch, seed=2):
@@ -252,7 +261,10 @@ def test_align_and_restore_are_inverse():
         ([[1]], TypeError, "attention_mask is list; expected a torch.Tensor"),
     ],
 )
-def test_bad_masks(mask, error, message):
+def test_bad_masks(mask, error, message, device):
+    if device != "cpu" and "runs" in message:
+        pytest.skip("values are looked at in eager CPU calls")
+    mask = mask.to(device) if isinstance(mask, torch.Tensor) else mask
     with pytest.raises(error, match=message):
         make("gated")(draw(2, 4, EMBED), attention_mask=mask)
 
@@ -301,22 +313,22 @@ def test_meta_device_then_reset_parameters_gives_a_fresh_layer(name):
     meta = LAYERS[name](device="meta")
     assert all(p.is_meta for p in meta.parameters()) and meta.init_state(2).memory.is_meta
     torch.manual_seed(7)
-    meta.to_empty(device="cpu").reset_parameters()
+    meta.to_empty(device=torch.get_default_device()).reset_parameters()
     torch.manual_seed(7)
     for (n, p), q in zip(meta.named_parameters(), LAYERS[name]().parameters(), strict=True):
         assert torch.equal(p, q), n
 
 
-def test_autocast(name):
+def test_autocast(name, device):
     layer, x = make(name), draw(2, T, EMBED)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y, state = layer(x, return_state=True)
         y2 = layer(x, state, attention_mask=torch.ones(2, T, dtype=torch.bool))
     assert y.dtype == y2.dtype == torch.bfloat16 and state.memory.dtype == state.conv.dtype == torch.float32
     close(y, layer(x), 2e-2)
     (y.float().square().sum() + y2.float().sum()).backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in layer.parameters())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         stepped, _ = layer.step(x[:, :1], layer.init_state(2))
     close(stepped, y[:, :1], 2e-2)
 
@@ -346,10 +358,10 @@ def test_compile_fullgraph_forward_and_backward(name):
         assert relative_error(b, a) <= 1e-5, n
 
 
-def test_compile_fullgraph_packed_and_step():
+def test_compile_fullgraph_packed_and_step(device):
     layer, x = make("grouped"), draw(1, T, EMBED)
     bounds, start = torch.tensor([0, 11, 40, T]), warm_state(layer, 3)
-    if backends.choose("gated_delta_rule_step", backends.Request("cpu", torch.float32)) == "chunked":
+    if backends.choose("gated_delta_rule_step", backends.Request(device, torch.float32)) == "chunked":
         pytest.skip("plain torch walks packed sequences and state pools on the host")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     close(compiled(x, start, cu_seqlens=bounds), layer(x, start, cu_seqlens=bounds))
@@ -358,6 +370,14 @@ def test_compile_fullgraph_packed_and_step():
         ours, theirs = start.clone(), start.clone()
         close(step(x[:, :3].transpose(0, 1), ours)[0], layer.step(x[:, :3].transpose(0, 1), theirs)[0])
     close_states(ours, theirs)
+
+
+def test_compile_fullgraph_under_a_default_device(device):
+    layer, x = make("gated"), draw(2, T, EMBED)
+    if backends.choose("gated_delta_rule", backends.Request(device, torch.float32)) == "chunked":
+        pytest.skip("plain torch uses unflatten, which does not compile under a default device")
+    torch.set_default_device(device)
+    close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
 def test_compile_with_inductor():
@@ -462,6 +482,7 @@ def test_the_page_about_modules():
     blocks = (ROOT / "docs" / "modules.md").read_text().split("```python\n")[1:]
     assert len(blocks) == 7
     scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block.split("```")[0], "docs/modules.md", "exec"), scope)
+    with torch.device("cpu"):
+        for block in blocks:
+            exec(compile(block.split("```")[0], "docs/modules.md", "exec"), scope)
     assert f"# {scope['layer'].init_state(2)}" in blocks[1]

@@ -181,10 +181,11 @@ class DeltaRuleLayer(nn.Module):
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, 2·H·K + HV·V] -> q, k [B, T, H, K], v [B, T, HV, V]."""
         q, k, v = qkv.split(self._split, -1)
+        # Not unflatten, which does not compile under torch.set_default_device.
         return (
-            q.unflatten(-1, (self.num_heads, self.head_dim)),
-            k.unflatten(-1, (self.num_heads, self.head_dim)),
-            v.unflatten(-1, (self.num_value_heads, self.value_head_dim)),
+            q.view(*q.shape[:2], self.num_heads, self.head_dim),
+            k.view(*k.shape[:2], self.num_heads, self.head_dim),
+            v.view(*v.shape[:2], self.num_value_heads, self.value_head_dim),
         )
 
     def _readout(self, o: Tensor, x: Tensor) -> Tensor:
