@@ -118,3 +118,12 @@ def test_partial_gradients():
     gated_delta_rule(**expected, output_final_state=True, backend="chunked")[1].sum().backward()
     torch.testing.assert_close(inputs["v"].grad, expected["v"].grad)
     assert inputs["q"].grad is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_autocast_changes_nothing(backend):
+    inputs = CASE.make()
+    expected, _ = gated_delta_rule(**inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, _ = gated_delta_rule(**inputs, backend=backend)
+    assert torch.equal(o, expected)

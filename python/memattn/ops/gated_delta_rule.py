@@ -252,10 +252,11 @@ def gated_delta_rule(
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g, beta=beta))
     if name == "chunked":
-        return reference.chunked(
-            q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-            qk_l2norm=qk_l2norm, cu_seqlens=cu_seqlens, chunk_size=chunk_size or CHUNK_SIZE[name],
-        )  # fmt: skip
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.chunked(
+                q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+                qk_l2norm=qk_l2norm, cu_seqlens=cu_seqlens, chunk_size=chunk_size or CHUNK_SIZE[name],
+            )  # fmt: skip
     tensors = check.contiguous(q, k, v, g, beta, initial_state, cu_seqlens)
     every = CHECKPOINT_EVERY if checkpoint_every is None else checkpoint_every
     settings = (scale, qk_l2norm, chunk_size or CHUNK_SIZE[name], every, output_final_state, save)
@@ -312,7 +313,9 @@ def gated_delta_rule_step(
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])))
     name = backends.choose(STEP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g, beta=beta, state=state))
     if name == "chunked":
-        return reference.step(q, k, v, g, beta, state, state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm)
+        rest = dict(state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.step(q, k, v, g, beta, state, **rest)
     tensors = check.contiguous(q, k, v, g, beta)
     indices = None if state_indices is None else state_indices.contiguous()
     return _STEPS[name](*tensors, state, indices, scale, qk_l2norm)

@@ -107,8 +107,13 @@ def chunked(
 
     def run(q, k, v, g, beta, state):
         length, pad = q.shape[1], -q.shape[1] % chunk_size
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_size)) for x in (q, k, v))
-        g, beta = (F.pad(x, (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_size)) for x in (g, beta))
+        chunks = (length + pad) // chunk_size
+
+        def split(x):  # [B, T, HV, ...] -> [B, HV, chunks, C, ...]
+            return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], chunks, chunk_size, *x.shape[3:])
+
+        q, k, v = (split(F.pad(x, (0, 0, 0, 0, 0, pad))) for x in (q, k, v))
+        g, beta = (split(F.pad(x, (0, 0, 0, pad))) for x in (g, beta))
         total = g.cumsum(-1)  # G, within the chunk
         eye = torch.eye(chunk_size, dtype=g.dtype, device=g.device)
         causal = torch.ones_like(eye, dtype=torch.bool).tril()
