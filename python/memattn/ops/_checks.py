@@ -63,7 +63,7 @@ def head_dim(op: str, name: str, size: int) -> None:
 
 
 class Passed:
-    """Signatures (shapes, dtypes, devices) that passed all metadata checks, so that a decode loop pays for them once."""
+    """Signatures (shapes, dtypes, devices) that passed all metadata checks: a decode loop pays for them once."""
 
     LIMIT = 4096
 

@@ -27,7 +27,7 @@ from memattn.reference import gated_delta_rule as reference
 
 OP, STEP = "gated_delta_rule", "gated_delta_rule_step"
 CHUNK_SIZES = (16, 32, 64)
-# Default per backend: on a CPU the shorter chunk costs fewer operations, on a GPU the longer one fewer sequential steps.
+# Default per backend: the shorter chunk costs fewer operations, the longer one fewer sequential steps.
 CHUNK_SIZE = {"cpu": 32, "triton": 64, "chunked": 64}
 CHECKPOINT_EVERY = 8  # default chunks between saved states
 
@@ -221,8 +221,8 @@ def gated_delta_rule(
 
     T ≥ 0 and zero-length sequences are legal; K, V in 16..256. `scale` multiplies q, None means K**-0.5.
     `qk_l2norm` divides q and k by sqrt(Σx² + 1e-6) first; without it keys should be normalised by the caller, since
-    the solve grows without bound for β‖k‖² > 2. `chunk_size` is 16, 32, 64 or None, the backend's own. Training keeps the inputs, T and the
-    state of every `checkpoint_every`-th chunk, and recomputes the rest.
+    the solve grows without bound for β‖k‖² > 2. `chunk_size` is 16, 32, 64 or None, the backend's own.
+    Training keeps the inputs, T and the state of every `checkpoint_every`-th chunk, and recomputes the rest.
 
     Returns (o [B, T, HV, V] in q's dtype, final_state [N, HV, K, V] or None). Differentiable in q, k, v, g, beta and
     initial_state, through o and final_state; once. NaN and inf in data propagate forward in time from their chunk on.
