@@ -25,6 +25,7 @@ FORWARD_T, FORWARD_TILES = 16, 4
 BACKWARD_T, BACKWARD_TILES = 8, 8  # tiles of one program share its weights, and one row of partial sums
 BLOCK_PARTIAL = 32  # partial rows per step of the last sum
 LAUNCH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+BACKWARD_LAUNCH = {**LAUNCH, "maxnreg": 168}  # three blocks a multiprocessor; left alone, ptxas may spill to fit four
 RUN_TIME = ["tokens", "length", "sequences", "steps", "partials"]
 
 
@@ -356,7 +357,8 @@ def backward(
     if programs:
         backward_kernel[(programs * columns,)](
             dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, dx, partial, **sizes,
-            steps=sequences.bit_length(), STATE=initial_state is not None, TILES=BACKWARD_TILES, **flags, **LAUNCH,
+            steps=sequences.bit_length(), STATE=initial_state is not None, TILES=BACKWARD_TILES,
+            **flags, **BACKWARD_LAUNCH,
         )  # fmt: skip
     if channels:
         sum_kernel[((width + 1) * columns,)](

@@ -397,13 +397,20 @@ void dispatch(ScalarType type, const F& f) {
 
 ScalarType accumulate_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
+// weight or bias: x's dtype, or the accumulate type beside 16-bit x.
+template <class T>
+void check_parameter(const char* op, const char* name, const T& tensor, ScalarType type, std::initializer_list<int64_t> shape) {
+  const ScalarType wide = accumulate_type(type);
+  if (type == wide) check_tensor(op, name, tensor, {type}, shape);
+  else check_tensor(op, name, tensor, {type, wide}, shape);
+}
+
 void check_inputs(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_tensor(op, "x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double},
                {kAnySize, kAnySize, kAnySize});
-  const ScalarType type = x.scalar_type(), wide = accumulate_type(type);
-  check_tensor(op, "weight", weight, {type, wide}, {x.size(2), kAnySize});
+  check_parameter(op, "weight", weight, x.scalar_type(), {x.size(2), kAnySize});
   if (weight.size(1) < 2 || weight.size(1) > kMaxWidth) fail(op, "weight must have 2 to 4 taps; got ", weight.size(1));
-  check_tensor(op, "bias", bias, {type, wide}, {x.size(2)});
+  check_parameter(op, "bias", bias, x.scalar_type(), {x.size(2)});
 }
 
 // Sequence bounds in the row of B * T tokens.

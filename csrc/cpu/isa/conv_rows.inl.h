@@ -35,7 +35,7 @@ void to_half(Half* __restrict out, const float* __restrict in, int64_t n) {
     const uint32_t bits = float_to_bits(in[c]), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     const float value = bits_to_float(magnitude) * 0x1p112f * 0x1p-110f;  // overflows to inf where half does
     const uint32_t exponent = magnitude & 0x7f800000u;
-    const uint32_t bias = (exponent < 0x38800000u ? 0x38800000u : exponent) + 0x07000000u;
+    const uint32_t bias = (exponent < 0x38800000u ? 0x38800000u : exponent) + 0x07800000u;
     const uint32_t sum = float_to_bits(bits_to_float(bias) + value);
     const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
     out[c].bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : half));

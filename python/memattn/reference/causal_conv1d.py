@@ -81,7 +81,8 @@ def chunked(
     else:
         bounds = cu_seqlens.long()
     begin, end = bounds[:-1], bounds[1:]
-    table = torch.cat([x.to(dtype).reshape(tokens, channels), state.transpose(1, 2).reshape(-1, channels)])
+    tails = state.transpose(1, 2).reshape(state.shape[0] * tail, channels)
+    table = torch.cat([x.to(dtype).reshape(tokens, channels), tails])
 
     def rows(sequence, position):
         """Table row of a position counted from the start of its sequence; negative ones lie in the tail."""
