@@ -43,6 +43,7 @@ class Entry:
     modes: tuple[str, ...]
     shapes: Callable[[str, str], list[tuple[str, Any]]]  # device, mode -> (group, case)
     small: Callable[[Any], Any]  # the case at a size that takes no time: same heads and dims, few tokens
+    tiny: Callable[[Any], Any]  # the least case there is: loads code and starts threads, and leaves next to no scratch
     inputs: Callable[[Any, str, torch.dtype, str, int], Inputs]  # case, mode, dtype, device, seed
     call: Callable[[str, str], Call]  # mode, backend
     truth: Callable[[str, Inputs], Results]  # mode, float64 inputs

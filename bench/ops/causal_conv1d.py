@@ -129,6 +129,7 @@ ENTRY = Entry(
     modes=("fwd", "fwdbwd", "step"),
     shapes=shapes,
     small=lambda case: replace(case, batch=min(case.batch, 2), length=min(case.length, 70), dim=min(case.dim, 96)),
+    tiny=lambda case: replace(case, batch=1, length=2, dim=16),
     inputs=inputs,
     call=call,
     truth=truth,

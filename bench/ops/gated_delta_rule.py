@@ -243,6 +243,7 @@ ENTRY = Entry(
     modes=("fwd", "fwdbwd", "step"),
     shapes=shapes,
     small=small,
+    tiny=lambda case: replace(sequence(1, 2, 1, 1, 16), state=case.state),
     inputs=inputs,
     call=call,
     truth=truth,
