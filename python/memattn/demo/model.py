@@ -24,11 +24,11 @@ _PIECE = 4096  # tokens at a time through the position-wise half of a block when
 class ModelConfig:
     """`layers` names the mixers from input to output: "delta", "local" or "full"."""
 
-    embed_dim: int = 256
-    num_heads: int = 4
+    embed_dim: int = 192
+    num_heads: int = 3
     layers: tuple[str, ...] = ("delta", "delta", "local", "delta")
     window: int = 128
-    hidden_dim: int = 512
+    hidden_dim: int = 384
 
     def with_softmax(self) -> ModelConfig:
         """The same model with full causal softmax attention in place of every GatedDeltaNet."""

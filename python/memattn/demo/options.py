@@ -25,7 +25,7 @@ class Plan:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     text_limit: int | None = None
-    rows: int = 64
+    rows: int = 32
     row_bytes: int = 16384
     wipe_every: int = 1024
     batch_bytes: int = 16384

@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -140,11 +141,11 @@ class _Run:
         self._save()
         progress, total = self.trainer.progress, self.plan.training.seconds
         with _bar("training", total, "{n:.0f} of {total:.0f} s{postfix}", postfix="") as bar:
-            mean: list[float] = []
+            recent: deque[float] = deque(maxlen=20)
 
             def on_step(bits: float) -> None:
-                mean[:] = [bits if not mean else 0.97 * mean[0] + 0.03 * bits]
-                bar.set_postfix_str(f"{mean[0]:.3f} bits/byte  step {progress.step:,}", refresh=False)
+                recent.append(bits)
+                bar.set_postfix_str(f"{sum(recent) / len(recent):.3f} bits/byte  step {progress.step:,}", refresh=False)
                 bar.update(min(progress.seconds, total) - bar.n)
 
             self.trainer.run(stop, on_step, self._save)
