@@ -111,6 +111,6 @@ def test_reason_for_cuda_on_a_cpu_torch(tmp_path, monkeypatch):
 def test_reason_for_an_old_triton(monkeypatch):
     monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_native.importlib.metadata, "version", lambda name: "3.5.1")
-    assert _native.triton_reason.__wrapped__() == "triton is 3.5.1, supported: 3.6 and later"
+    assert _native._find_triton() == "triton is 3.5.1, supported: 3.6 and later"
     monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
-    assert _native.triton_reason.__wrapped__().startswith("triton is not installed; fix: ")
+    assert _native._find_triton().startswith("triton is not installed; fix: ")

@@ -42,15 +42,9 @@ def host() -> ModuleType | None:
     return importlib.import_module("memattn._host") if native_reason("_host") is None else None
 
 
-@cache
 def triton_reason() -> str | None:
     """None if a Triton this package supports is installed, else why not. Does not import it."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; fix: pip install 'triton>=3.6,<3.10'"
-    version = importlib.metadata.version("triton")
-    if _release(version) < MINIMUM_TRITON:
-        return f"triton is {version}, supported: {_text(MINIMUM_TRITON)} and later"
-    return None
+    return _triton_reason
 
 
 @cache
@@ -85,6 +79,15 @@ def _load(name: str) -> str | None:
     return None
 
 
+def _find_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; fix: pip install 'triton>=3.6,<3.10'"
+    version = importlib.metadata.version("triton")
+    if _release(version) < MINIMUM_TRITON:
+        return f"triton is {version}, supported: {_text(MINIMUM_TRITON)} and later"
+    return None
+
+
 def _release(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
@@ -92,3 +95,6 @@ def _release(version: str) -> tuple[int, int]:
 
 def _text(release: tuple[int, int]) -> str:
     return ".".join(map(str, release))
+
+
+_triton_reason = _find_triton()  # at import: looking for a package cannot be traced into a graph
