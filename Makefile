@@ -10,7 +10,6 @@
 # .venv gets the pinned CPU torch, unless there is an NVIDIA driver and PYTHON has a torch with CUDA: then that torch.
 
 PYTHON ?= python3
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 ifdef NOVENV
 PY := $(PYTHON)
@@ -53,8 +52,7 @@ distclean: clean
 OUTER_TORCH = { test -e /dev/nvidiactl || test -e /dev/dxg; } && $(PYTHON) -c \
   'import sys, torch; assert torch.version.cuda; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")'
 
-# The +cpu build is asked for by name, so that no index can answer with gigabytes of CUDA libraries; a configured index or
-# wheel folder that has it comes first, then PyTorch's own.
+# torch is pinned: a looser requirement would take the newest build with gigabytes of CUDA libraries.
 .venv/.base: requirements-base.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "memattn needs Python 3.10 or later; $(PYTHON) is not. Try make PYTHON=python3.12"; exit 1; }
@@ -64,7 +62,7 @@ OUTER_TORCH = { test -e /dev/nvidiactl || test -e /dev/dxg; } && $(PYTHON) -c \
 	if paths=$$($(OUTER_TORCH) 2>/dev/null); then \
 	  echo "$$paths" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer-torch.pth"; \
 	else \
-	  $(INSTALL) -r $< 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_INDEX) -r $<; \
+	  $(INSTALL) -r $<; \
 	fi
 	@touch $@
 

@@ -45,7 +45,7 @@ TARGET_FLAG = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0] << 56 | TORCH_TARGET[1
 NO_TORCH = """
 memattn compiles against the torch it will run with, and {python} has none.
 Install torch >= 2.11 first, then memattn:
-    pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu      (a CPU build)
+    pip install torch==2.13.0
     pip install --no-build-isolation .
 """
 
