@@ -240,6 +240,18 @@ def test_offsets_beyond_32_bits():
     assert (y == 7).all() and (pool[-1] == torch.tensor([2.0, 2.0, 1.0])).all()
 
 
+def test_triton_adds_more_partial_sums_than_one_block(device, interpreter):
+    from memattn.kernels import causal_conv1d as op
+
+    partial = torch.randn(70, 5, 40, device=device)
+    dweight, dbias = torch.full((40, 4), torch.nan, device=device), torch.full((40,), torch.nan, device=device)
+    sizes = {"partials": 70, "D": 40, "W": 4, "BIAS": True, "ACC": op.tl.float32}
+    op.sum_kernel[(5,)](partial, dweight, dbias, **sizes, BLOCK_PARTIAL=op.BLOCK_PARTIAL, BLOCK_D=op.BLOCK_D)
+    expected = partial.double().sum(0).float()
+    torch.testing.assert_close(dweight, expected[:4].t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dbias, expected[4], rtol=1e-5, atol=1e-5)
+
+
 def test_triton_offsets_beyond_32_bits(device, monkeypatch):
     """The last tile of tensors of more than 2^31 elements, alone: the interpreter is told which program to run."""
     pytest.importorskip("triton")

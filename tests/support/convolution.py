@@ -63,9 +63,12 @@ LINEAR = replace(BASE, name="linear", silu=False)
 PACKED = replace(BASE, name="packed", lengths=(5, 0, 1, 2, 17, 3, 0, 12))
 LONG = replace(BASE, name="long", length=300, dim=261)  # several token and channel blocks, ragged in both
 SHORT = tuple(replace(BASE, name=f"W{w} T{t}", width=w, length=t, dim=7) for w in (2, 3, 4) for t in (1, 2, 3, 4))
+PROGRAMS = replace(BASE, name="several programs", length=75, dim=70)  # of the Triton backward, ragged in both
 CASES = (
     BASE,
     PACKED,
+    PROGRAMS,
+    replace(BASE, name="sequences begin just before tiles", lengths=(15, 15, 15, 15, 8)),
     LONG,
     *SHORT,
     replace(LONG, name="long packed", lengths=(127, 0, 1, 3, 128, 2, 40), width=3),
