@@ -313,9 +313,10 @@ def gated_delta_rule_step(
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])))
     name = backends.choose(STEP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g, beta=beta, state=state))
     if name == "chunked":
-        rest = dict(state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm)
         with torch.autocast(q.device.type, enabled=False):
-            return reference.step(q, k, v, g, beta, state, **rest)
+            return reference.step(
+                q, k, v, g, beta, state, state_indices=state_indices, scale=scale, qk_l2norm=qk_l2norm
+            )
     tensors = check.contiguous(q, k, v, g, beta)
     indices = None if state_indices is None else state_indices.contiguous()
     return _STEPS[name](*tensors, state, indices, scale, qk_l2norm)
