@@ -43,8 +43,10 @@ std::string shape_text(const Sizes& sizes) {
   const char* separator = "";
   for (int64_t size : sizes) {
     text << separator;
-    if (size == kAnySize) text << "any";
-    else text << size;
+    if (size == kAnySize)
+      text << "any";
+    else
+      text << size;
     separator = ", ";
   }
   text << ']';
@@ -77,8 +79,9 @@ inline bool sizes_match(const Tensor& tensor, std::initializer_list<int64_t> sha
 }
 
 // `tensor` must be contiguous, on `place`, of one of `dtypes` and of `shape` (kAnySize matches anything).
-inline void check_tensor(const char* op, const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes,
-                         std::initializer_list<int64_t> shape, Place place = Place::cpu) {
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
+                         std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> shape,
+                         Place place = Place::cpu) {
   bool dtype_ok = false;
   for (ScalarType dtype : dtypes) dtype_ok = dtype_ok || tensor.scalar_type() == dtype;
   const bool place_ok = place == Place::cpu ? tensor.is_cpu() : tensor.is_cuda();

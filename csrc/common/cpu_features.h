@@ -53,7 +53,7 @@ inline Isa detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return Isa::avx2;
-  if (!cpuid7_bit(1, 0, 5)) return Isa::avx512;  // avx512_bf16: leaf 7.1 eax bit 5
+  if (!cpuid7_bit(1, 0, 5)) return Isa::avx512;                     // avx512_bf16: leaf 7.1 eax bit 5
   const bool tiles = cpuid7_bit(0, 3, 24) && cpuid7_bit(0, 3, 22);  // amx-tile, amx-bf16: leaf 7.0 edx
   return tiles && request_amx_tiles() ? Isa::amx : Isa::avx512_bf16;
 }

@@ -1,10 +1,11 @@
-// Gated delta rule, forward:  S_t = (I - beta_t k_t k_tT) e^{g_t} S_{t-1} + beta_t k_t v_tT,   o_t = scale S_tT q_t.
+// Gated delta rule, forward:  S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ,   o_t = scale S_tᵀ q_t.
 //
 // Chunks of C tokens, rows stacked; G the cumulative sum of g in the chunk, S0 [K, V] the state at its start:
-//   R = K S0      E = V - e^G R      X = beta E      Vn = T X,  T = (I + L)^-1,  L = stril(beta_i (k_i.k_j) e^{G_i-G_j})
-//   O = scale e^G (Q S0) + A Vn,     A = tril(scale (q_i.k_j) e^{G_i-G_j})
-//   S1 = e^{G_C} S0 + KT (e^{G_C-G} Vn)
-// This residual form needs no W = T (beta e^G K), so 3 products of C K V and 4 half products of C C max(K, V) per chunk.
+//   L = stril(β_i (k_i·k_j) e^{G_i-G_j})     T = (I + L)^-1     A = tril(scale (q_i·k_j) e^{G_i-G_j})
+//   R = K S0     E = V - e^G R     X = β E     Vn = T X
+//   O = scale e^G (Q S0) + A Vn
+//   S1 = e^{G_C} S0 + Kᵀ (e^{G_C-G} Vn)
+// This residual form needs no W = T (β e^G K): 3 products of C·K·V and 4 half products of C·C·max(K, V) per chunk.
 // Only differences of G are exponentiated, after masking; T is always computed in the accumulate type.
 #include "gated_delta_rule_items.h"
 
@@ -16,7 +17,7 @@ namespace {
 constexpr const char* kOp = "gated_delta_rule_cpu";
 
 struct Outputs {
-  void* o;                            // like v
+  void* o;                             // like v
   void *final_state, *solve, *states;  // accumulate type, or null
 };
 
@@ -147,15 +148,18 @@ class Forward {
 
   void start_state(const Item& item, int64_t head, Acc* state) const {
     const int rows = rule_.initial_state ? rule_.key_dim : 0;
-    const void* from = rule_.initial_state ? offset(rule_.initial_state, element_of_accumulate<Acc>(), state_row(item, head)) : nullptr;
-    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, from, element_of_accumulate<Acc>(), rule_.value_dim, rows,
-                   rule_.value_dim);
+    const void* from = rule_.initial_state
+                           ? offset(rule_.initial_state, element_of_accumulate<Acc>(), state_row(item, head))
+                           : nullptr;
+    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, from, element_of_accumulate<Acc>(), rule_.value_dim,
+                   rows, rule_.value_dim);
   }
 
   void finish_state(const Item& item, int64_t head, const Acc* state) const {
     if (out_.final_state == nullptr) return;
-    isa_.store_rows(offset(out_.final_state, element_of_accumulate<Acc>(), state_row(item, head)), element_of_accumulate<Acc>(),
-                    rule_.value_dim, state, s_.ld_value, nullptr, rule_.key_dim, rule_.value_dim);
+    isa_.store_rows(offset(out_.final_state, element_of_accumulate<Acc>(), state_row(item, head)),
+                    element_of_accumulate<Acc>(), rule_.value_dim, state, s_.ld_value, nullptr, rule_.key_dim,
+                    rule_.value_dim);
   }
 
   void prepare(const Item& item, int64_t chunk, ChunkSlot<E>& slot, ForwardTemporaries<E>& t) const {
@@ -183,7 +187,8 @@ class Forward {
   }
 
   void save_state(const Item& item, int64_t chunk, int64_t head, const Acc* state, int begin, int end) const {
-    const int64_t slot = rule_.sequences.slot(item.sequence, chunk / rule_.checkpoint_every, rule_.chunk_size * rule_.checkpoint_every);
+    const int64_t slot =
+        rule_.sequences.slot(item.sequence, chunk / rule_.checkpoint_every, rule_.chunk_size * rule_.checkpoint_every);
     Acc* to = static_cast<Acc*>(out_.states) +
               (slot * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
     isa_.store_rows(to + begin, element_of_accumulate<Acc>(), rule_.value_dim, state + begin, s_.ld_value, nullptr,
@@ -195,9 +200,11 @@ class Forward {
             ForwardTemporaries<E>& t, int begin, int end) const {
     const KeyBlock<E>& keys = slot.keys;
     const HeadBlock<E>& head = slot.heads[value_head];
-    const int n = keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = keys.padded, width = end - begin, ld = s_.ld_value,
+              true_width = std::min(end, rule_.value_dim) - begin;
     Acc* state = whole_state + begin;
-    if (out_.states && chunk % rule_.checkpoint_every == 0) save_state(item, chunk, value_head, whole_state, begin, end);
+    if (out_.states && chunk % rule_.checkpoint_every == 0)
+      save_state(item, chunk, value_head, whole_state, begin, end);
 
     RowsAhead ahead = rows_of_next_chunk(item, value_head, chunk);
     const Right<E> s0 = as_right(isa_, t.state_operand, state, ld, s_.key_dim, width);
@@ -206,8 +213,10 @@ class Forward {
     isa_.gemm(reads, ld, keys.kq_left, s0, 2 * n, width, s_.key_dim, 0, Part::full);
 
     const int64_t stride = rule_.value_heads * rule_.value_dim;
-    const int64_t at = (keys.first_token * rule_.value_heads + item.first_value_head + value_head) * rule_.value_dim + begin;
-    isa_.load_rows(t.values, ld, n, width, offset(rule_.v, rule_.element, at), rule_.element, stride, keys.rows, true_width);
+    const int64_t at =
+        (keys.first_token * rule_.value_heads + item.first_value_head + value_head) * rule_.value_dim + begin;
+    isa_.load_rows(t.values, ld, n, width, offset(rule_.v, rule_.element, at), rule_.element, stride, keys.rows,
+                   true_width);
     isa_.residual_rows(reads, ld, head.gates.from_start, t.values, ld, n, width);
     isa_.pack_right(t.right, ld, reads, ld, head.gates.beta, n, width);
     ahead.fetch();
@@ -216,8 +225,10 @@ class Forward {
     for (int i = 0; i < n; ++i) t.row_scale[i] = Acc(rule_.scale) * head.gates.from_start[i];
     isa_.scale_rows(outputs, ld, t.row_scale, n, width);
     ahead.fetch();
-    isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, t.fresh, ld, n, width), n, width, n, 1, Part::lower_a);
-    isa_.store_rows(offset(out_.o, rule_.element, at), rule_.element, stride, outputs, ld, nullptr, keys.rows, true_width);
+    isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, t.fresh, ld, n, width), n, width, n, 1,
+              Part::lower_a);
+    isa_.store_rows(offset(out_.o, rule_.element, at), rule_.element, stride, outputs, ld, nullptr, keys.rows,
+                    true_width);
 
     isa_.pack_right(t.right, ld, t.fresh, ld, head.gates.to_end, n, width);
     ahead.fetch();
@@ -230,7 +241,8 @@ class Forward {
     const int64_t token = rule_.sequences.start(item.sequence) + (chunk + 1) * rule_.chunk_size;
     const int64_t rows = std::min<int64_t>(rule_.sequences.end(item.sequence) - token, rule_.chunk_size);
     const int64_t row = token * rule_.value_heads + item.first_value_head + value_head;
-    ahead.add(rule_.v, rule_.element, row * rule_.value_dim, rule_.value_heads * rule_.value_dim, rows, rule_.value_dim);
+    ahead.add(rule_.v, rule_.element, row * rule_.value_dim, rule_.value_heads * rule_.value_dim, rows,
+              rule_.value_dim);
     if (value_head > 0) return ahead;
     for (const void* x : {rule_.k, rule_.q}) {
       const int64_t first = (token * rule_.heads + item.head) * rule_.key_dim;
@@ -250,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> g, std::optional<Tensor> beta,
     std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, double scale, bool qk_l2norm,
     int64_t chunk_size, int64_t checkpoint_every, bool output_final_state, bool save) {
-  const DeltaRule rule = read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size,
-                                        checkpoint_every);
+  const DeltaRule rule =
+      read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size, checkpoint_every);
   const SequenceLayout& sequences = rule.sequences;
   const int64_t hv = rule.value_heads, c = rule.chunk_size;
   const auto state_tensor = [&](bool wanted, std::initializer_list<int64_t> shape) {
@@ -266,10 +278,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
   Tensor states = state_tensor(save, {sequences.slots(c * checkpoint_every), hv, rule.key_dim, rule.value_dim});
 
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
-  const Outputs outputs{o.mutable_data_ptr(), data(final_state, output_final_state), data(solve, save), data(states, save)};
-  with_primitives(q.scalar_type(), [&](const auto& isa) {
-    Forward(rule, isa, outputs).run(torch::stable::get_num_threads());
-  });
+  const Outputs outputs{o.mutable_data_ptr(), data(final_state, output_final_state), data(solve, save),
+                        data(states, save)};
+  with_primitives(q.scalar_type(),
+                  [&](const auto& isa) { Forward(rule, isa, outputs).run(torch::stable::get_num_threads()); });
   return {o, final_state, solve, states};
 }
 
@@ -300,7 +312,8 @@ DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   check_tensor(op, "beta", beta, {type, state}, {b, t, value_heads});
 
   DeltaRule rule{};
-  rule.sequences = cu_seqlens ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens, b, t)) : SequenceLayout::batch(b, t);
+  rule.sequences =
+      cu_seqlens ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens, b, t)) : SequenceLayout::batch(b, t);
   check_tensor(op, "initial_state", initial_state, {state}, {rule.sequences.count(), value_heads, key_dim, value_dim});
   rule.heads = heads;
   rule.value_heads = value_heads;

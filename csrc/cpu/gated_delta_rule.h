@@ -41,9 +41,7 @@ inline Element element_of(ScalarType type) {
   }
 }
 
-inline int64_t bytes_of(Element element) {
-  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
-}
+inline int64_t bytes_of(Element element) { return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2; }
 
 inline const void* offset(const void* base, Element element, int64_t index) {
   return static_cast<const char*>(base) + index * bytes_of(element);
@@ -73,7 +71,7 @@ auto with_primitives(ScalarType type, Run&& run) {
   return run(*primitives<float>());
 }
 
-// --- blocks ----------------------------------------------------------------------------------------------------------
+// --- blocks ---
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
@@ -133,8 +131,8 @@ Left<E> rows_from(Left<E> a, int row) {
   return {a.data + row * a.row, a.row, a.step};
 }
 
-// Rows that the next chunk will read. Heads are interleaved in memory, so every row lies in another page and no hardware
-// prefetcher follows; the chunk at hand asks for them a few at a time, between its products.
+// Rows that the next chunk will read. Heads are interleaved in memory, so every row lies in another page and no
+// hardware prefetcher follows; the chunk at hand asks for them a few at a time, between its products.
 class RowsAhead {
  public:
   void add(const void* base, Element element, int64_t first, int64_t stride, int64_t rows, int cols) {
@@ -150,7 +148,8 @@ class RowsAhead {
     for (int s = 0; s < count_; ++s) {
       const Stream& stream = streams_[s];
       for (int64_t row = done_; row < std::min(end, stream.rows); ++row) {
-        for (int64_t byte = 0; byte < stream.bytes; byte += 64) __builtin_prefetch(stream.base + row * stream.stride + byte, 0, 2);
+        const char* p = stream.base + row * stream.stride;
+        for (int64_t byte = 0; byte < stream.bytes; byte += 64) __builtin_prefetch(p + byte, 0, 2);
       }
     }
     done_ = end;
@@ -166,9 +165,9 @@ class RowsAhead {
   int64_t most_ = 0, done_ = 0;
 };
 
-// --- one chunk of one key head ---------------------------------------------------------------------------------------
+// --- one chunk of one key head ---
 
-// Rows of K, then of Q, normalised if asked (Q without scale: it enters where sums are scaled anyway), and K KT, Q KT.
+// Rows of K, then of Q, normalised if asked (Q without scale: it enters where sums are scaled anyway), and K Kᵀ, Q Kᵀ.
 template <class E>
 struct KeyBlock {
   using Acc = AccumulateOf<E>;
@@ -215,7 +214,7 @@ struct KeyBlock {
   E *left_buffer_, *right_buffer_;
 };
 
-// --- the gates of one chunk of one value head --------------------------------------------------------------------------
+// --- the gates of one chunk of one value head ---
 
 // G is kept as high + low, so that its differences are exact to the last bit of the accumulate type however long the
 // chunk has decayed. Rows past the end of the sequence have g = 0 and beta = 0.

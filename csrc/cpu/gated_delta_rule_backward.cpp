@@ -1,14 +1,14 @@
 // Gated delta rule, backward. Symbols as in gated_delta_rule.cpp; rows of one chunk, given dO and dS1:
-//   dVn = AT dO + e^{G_C-G} (K dS1)      dX = TT dVn      dV = beta dX      dR = -beta e^G dX
-//   dS0 = e^{G_C} dS1 + [K; Q]T [dR; scale e^G dO]
-//   M1 = tril(scale (dO VnT) e^{Gi-Gj})  M2 = -stril((dX VnT) e^{Gi-Gj})  N2 = beta_i M2
-//   dQ = scale e^G (dO S0T) + M1 K
-//   dK = dR S0T + e^{G_C-G} (Vn dS1T) + M1T Q + N2 K + N2T K
-//   dbeta_i = <dX_i, E_i> + sum_j M2_ij (k_i.k_j)
-//   dG_i = <q_i, scale e^G (dO S0T)_i> + <k_i, (dR S0T)_i> - h_i + sum_j (e_ij - e_ji),
-//     e_ij = M1_ij (q_i.k_j) + N2_ij (k_i.k_j),  h_i = <k_i, e^{G_C-G} (Vn dS1T)_i>;  the last row adds
-//     sum_i h_i + e^{G_C} <S0, dS1>;  dg is the reverse cumulative sum of dG in the chunk
-// dX = TT dVn needs no gradient of the inverse. The e_ij are summed from the products themselves: their row and column
+//   dVn = Aᵀ dO + e^{G_C-G} (K dS1)       dX = Tᵀ dVn       dV = β dX       dR = -β e^G dX
+//   dS0 = e^{G_C} dS1 + [K; Q]ᵀ [dR; scale e^G dO]
+//   M1 = tril(scale (dO Vnᵀ) e^{Gi-Gj})   M2 = -stril((dX Vnᵀ) e^{Gi-Gj})   N2 = β_i M2
+//   dQ = scale e^G (dO S0ᵀ) + M1 K
+//   dK = dR S0ᵀ + e^{G_C-G} (Vn dS1ᵀ) + M1ᵀ Q + N2 K + N2ᵀ K
+//   dβ_i = <dX_i, E_i> + Σ_j M2_ij (k_i·k_j)
+//   dG_i = <q_i, scale e^G (dO S0ᵀ)_i> + <k_i, (dR S0ᵀ)_i> - h_i + Σ_j (e_ij - e_ji),
+//     e_ij = M1_ij (q_i·k_j) + N2_ij (k_i·k_j),   h_i = <k_i, e^{G_C-G} (Vn dS1ᵀ)_i>;
+//     the last row adds Σ_i h_i + e^{G_C} <S0, dS1>;  dg is the reverse cumulative sum of dG in the chunk
+// dX = Tᵀ dVn needs no gradient of the inverse. The e_ij are summed from the products themselves: their row and column
 // sums cancel in dg, and would not if each came from another product of rounded operands.
 //
 // From the saved T and the states of every checkpoint_every-th chunk: per group of chunks, last group first, a forward
@@ -134,14 +134,16 @@ class Backward {
     Workspace w{shared, chunks, {}, {}, {}, {}};
     for (int64_t i = 0; i < items * rule_.group(); ++i) w.dstates.push_back(arena.take<Acc>(state_size()));
     for (int64_t i = 0; i < items * chunks; ++i) w.rebuilt.emplace_back(arena, s_, rule_.group());
-    for (int64_t i = 0; i < (shared ? items * chunks * rule_.group() : 1); ++i) w.reverse.emplace_back(arena, s_, shared);
+    for (int64_t i = 0; i < (shared ? items * chunks * rule_.group() : 1); ++i)
+      w.reverse.emplace_back(arena, s_, shared);
     for (int64_t i = 0; i < workers; ++i) w.temporaries.emplace_back(arena, s_);
     return w;
   }
 
   int64_t chunks_alone() const {
     int64_t most = 1;
-    for (int64_t n = 0; n < rule_.sequences.count(); ++n) most = std::max(most, rule_.sequences.chunks(n, rule_.chunk_size));
+    for (int64_t n = 0; n < rule_.sequences.count(); ++n)
+      most = std::max(most, rule_.sequences.chunks(n, rule_.chunk_size));
     return std::min(most, rule_.checkpoint_every);
   }
   int64_t chunks_shared(int64_t, int64_t most, int64_t) const {
@@ -186,12 +188,13 @@ class Backward {
 
   // All threads: the chunks, then the scan over column blocks.
   template <class First, class Count, class Each>
-  void rebuild_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks, const First& first_chunk,
-                      const Count& chunk_count, const Each& each) {
+  void rebuild_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks,
+                      const First& first_chunk, const Count& chunk_count, const Each& each) {
     const int64_t group = rule_.group();
     each(count * w.chunks, [&](int64_t i, int64_t worker) {
       const int64_t item = i / w.chunks, c = i % w.chunks;
-      if (c < chunk_count(item)) prepare(items[item], first_chunk(item) + c, w.rebuilt[i], c == 0, w.temporaries[worker]);
+      if (c < chunk_count(item))
+        prepare(items[item], first_chunk(item) + c, w.rebuilt[i], c == 0, w.temporaries[worker]);
     });
     each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
       const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
@@ -222,12 +225,13 @@ class Backward {
 
   // All threads: the scan over column blocks, which keeps every dS1, then the chunks.
   template <class Count, class Each>
-  void reverse_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks, const Count& chunk_count,
-                      const Each& each) {
+  void reverse_shared(const Item* items, int64_t count, Workspace& w, const ColumnBlocks& blocks,
+                      const Count& chunk_count, const Each& each) {
     const int64_t group = rule_.group();
     each(count * w.chunks * group, [&](int64_t i, int64_t worker) {
       const int64_t slot = i / group, item = slot / w.chunks, head = i % group;
-      if (slot % w.chunks < chunk_count(item)) prepare_reverse(w.rebuilt[slot], head, w.reverse[i], w.temporaries[worker]);
+      if (slot % w.chunks < chunk_count(item))
+        prepare_reverse(w.rebuilt[slot], head, w.reverse[i], w.temporaries[worker]);
     });
     each(count * group * blocks.count, [&](int64_t i, int64_t worker) {
       const int64_t item = i / blocks.count / group, head = i / blocks.count % group, block = i % blocks.count;
@@ -257,7 +261,8 @@ class Backward {
 
   void copy_columns(Acc* to, const Acc* from, int begin, int end) const {
     for (int i = 0; i < s_.key_dim; ++i) {
-      std::memcpy(to + int64_t{i} * s_.ld_value + begin, from + int64_t{i} * s_.ld_value + begin, sizeof(Acc) * (end - begin));
+      std::memcpy(to + int64_t{i} * s_.ld_value + begin, from + int64_t{i} * s_.ld_value + begin,
+                  sizeof(Acc) * (end - begin));
     }
   }
 
@@ -286,7 +291,8 @@ class Backward {
   }
 
   // For the reverse scan: rows of dO.
-  RowsAhead rows_of_previous_chunk(const Item& item, int64_t head, const RebuiltChunk<E>& r, int begin, int cols) const {
+  RowsAhead rows_of_previous_chunk(const Item& item, int64_t head, const RebuiltChunk<E>& r, int begin,
+                                   int cols) const {
     RowsAhead ahead;
     const int64_t token = r.keys.first_token - rule_.chunk_size;
     if (token < rule_.sequences.start(item.sequence)) return ahead;
@@ -299,14 +305,14 @@ class Backward {
   void start_dstate(const Item& item, int64_t head, Acc* dstate) const {
     const bool given = grads_.dfinal_state != nullptr;
     const void* from = given ? offset(grads_.dfinal_state, kAcc, state_row(item, head)) : nullptr;
-    isa_.load_rows(dstate, s_.ld_value, s_.key_dim, s_.value_dim, from, kAcc, rule_.value_dim, given ? rule_.key_dim : 0,
-                   rule_.value_dim);
+    isa_.load_rows(dstate, s_.ld_value, s_.key_dim, s_.value_dim, from, kAcc, rule_.value_dim,
+                   given ? rule_.key_dim : 0, rule_.value_dim);
   }
 
   void finish_dstate(const Item& item, int64_t head, const Acc* dstate) const {
     if (grads_.dinitial_state == nullptr) return;
-    isa_.store_rows(offset(grads_.dinitial_state, kAcc, state_row(item, head)), kAcc, rule_.value_dim, dstate, s_.ld_value,
-                    nullptr, rule_.key_dim, rule_.value_dim);
+    isa_.store_rows(offset(grads_.dinitial_state, kAcc, state_row(item, head)), kAcc, rule_.value_dim, dstate,
+                    s_.ld_value, nullptr, rule_.key_dim, rule_.value_dim);
   }
 
   // --- rebuilding the forward ---
@@ -336,9 +342,11 @@ class Backward {
   }
 
   // Columns begin..end of E and Vn of one chunk, and of the next chunk's state; the forward's own operations.
-  void rebuild(const Item& item, int64_t head, RebuiltChunk<E>& r, Acc* next, BackwardTemporaries<E>& t, int begin, int end) const {
+  void rebuild(const Item& item, int64_t head, RebuiltChunk<E>& r, Acc* next, BackwardTemporaries<E>& t, int begin,
+               int end) const {
     RebuiltHead<E>& h = r.heads[head];
-    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value,
+              true_width = std::min(end, rule_.value_dim) - begin;
     Acc *error = h.error + begin, *fresh = h.fresh + begin;
     RowsAhead ahead = rows_of_next_chunk(item, head, r, begin, true_width);
     const Right<E> s0 = as_right(isa_, t.key_value, h.state + begin, ld, s_.key_dim, width);
@@ -355,12 +363,14 @@ class Backward {
     copy_columns(next, h.state, begin, end);
     isa_.pack_right(t.chunk_value, ld, fresh, ld, h.gates.to_end, n, width);
     ahead.fetch();
-    isa_.gemm(next + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim, width, n, h.gates.whole, Part::full);
+    isa_.gemm(next + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim, width, n, h.gates.whole,
+              Part::full);
   }
 
   // --- the reverse scan ---
 
-  void prepare_reverse(const RebuiltChunk<E>& r, int64_t head, ReverseHead<E>& reverse, BackwardTemporaries<E>& t) const {
+  void prepare_reverse(const RebuiltChunk<E>& r, int64_t head, ReverseHead<E>& reverse,
+                       BackwardTemporaries<E>& t) const {
     const GateBlock<Acc>& gates = r.heads[head].gates;
     const int n = r.keys.padded;
     isa_.decay_matrix(reverse.decay, s_.ld_chunk, gates.high, gates.low, n);
@@ -374,26 +384,29 @@ class Backward {
   }
 
   // Columns begin..end of dO, dX and dV.
-  void reverse_values(const Item& item, int64_t head, const RebuiltChunk<E>& r, ReverseHead<E>& reverse, const Acc* dstate,
-                      BackwardTemporaries<E>& t, int begin, int end) const {
+  void reverse_values(const Item& item, int64_t head, const RebuiltChunk<E>& r, ReverseHead<E>& reverse,
+                      const Acc* dstate, BackwardTemporaries<E>& t, int begin, int end) const {
     const RebuiltHead<E>& h = r.heads[head];
-    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value,
+              true_width = std::min(end, rule_.value_dim) - begin;
     const int64_t at = value_row(item, head, r.keys.first_token) + begin;
     Acc *dx = reverse.grads + begin, *d_o = dx + int64_t{n} * ld, *dfresh = t.values;
-    isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.element, at), rule_.element, value_stride(), r.keys.rows, true_width);
+    isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.element, at), rule_.element, value_stride(), r.keys.rows,
+                   true_width);
     RowsAhead ahead = rows_of_previous_chunk(item, head, r, begin, true_width);
     const Right<E> ds1 = as_right(isa_, t.key_value, dstate + begin, ld, s_.key_dim, width);
     ahead.fetch();
     isa_.gemm(dfresh, ld, r.keys.kq_left, ds1, n, width, s_.key_dim, 0, Part::full);
     isa_.scale_rows(dfresh, ld, h.gates.to_end, n, width);
     ahead.fetch();
-    isa_.gemm(dfresh, ld, transposed(reverse.attention_right), as_right(isa_, t.chunk_value, d_o, ld, n, width), n, width, n, 1,
+    isa_.gemm(dfresh, ld, transposed(reverse.attention_right), as_right(isa_, t.chunk_value, d_o, ld, n, width), n,
+              width, n, 1, Part::upper_a);
+    ahead.fetch();
+    isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0,
               Part::upper_a);
     ahead.fetch();
-    isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0, Part::upper_a);
-    ahead.fetch();
-    isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld, h.gates.beta, r.keys.rows,
-                    true_width);
+    isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld, h.gates.beta,
+                    r.keys.rows, true_width);
   }
 
   // Columns begin..end of dS1 become those of dS0.
@@ -431,7 +444,7 @@ class Backward {
     store_gate_gradients(item, head, r.keys, t);
   }
 
-  // dR S0T and scale e^G (dO S0T), with their part of dG.
+  // dR S0ᵀ and scale e^G (dO S0ᵀ), with their part of dG.
   void through_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const ReverseHead<E>& reverse, Left<E> grads,
                      BackwardTemporaries<E>& t) const {
     const int n = r.keys.padded, ld = s_.ld_key;
@@ -439,11 +452,13 @@ class Backward {
     isa_.gemm(t.inter, ld, grads, {t.key_value, ld}, 2 * n, s_.key_dim, s_.value_dim, 0, Part::full);
     isa_.add_rows(t.dkq, ld, reverse.row_factor, t.inter, ld, 2 * n, s_.key_dim);
     isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, 2 * n, s_.key_dim);
-    for (int i = 0; i < n; ++i) t.dgate[i] += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
+    for (int i = 0; i < n; ++i)
+      t.dgate[i] += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
   }
 
-  // e^{G_C-G} (Vn dS1T), h and e^{G_C} <S0, dS1>.
-  void through_next_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const Acc* dstate, BackwardTemporaries<E>& t) const {
+  // e^{G_C-G} (Vn dS1ᵀ), h and e^{G_C} <S0, dS1>.
+  void through_next_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const Acc* dstate,
+                          BackwardTemporaries<E>& t) const {
     const int n = r.keys.padded, ld = s_.ld_key;
     isa_.pack_right_transposed(t.key_value, ld, dstate, s_.ld_value, s_.key_dim, s_.value_dim);
     const Left<E> fresh = as_left(isa_, t.chunk_value, h.fresh, s_.ld_value, n, s_.value_dim);
@@ -460,11 +475,13 @@ class Backward {
     t.dgate[n - 1] += static_cast<Acc>(last + h.gates.whole * overlap);
   }
 
-  // dQ += M1 K, dK += M1T Q + N2 K + N2T K.
+  // dQ += M1 K, dK += M1ᵀ Q + N2 K + N2ᵀ K.
   void through_scores(const RebuiltChunk<E>& r, BackwardTemporaries<E>& t) const {
     const int n = r.keys.padded, ld = s_.ld_key;
     const Right<E> keys = r.keys.kq_right, queries = rows_from(keys, n);
-    const auto add = [&](Acc* to, Left<E> a, Right<E> b, Part part) { isa_.gemm(to, ld, a, b, n, s_.key_dim, n, 1, part); };
+    const auto add = [&](Acc* to, Left<E> a, Right<E> b, Part part) {
+      isa_.gemm(to, ld, a, b, n, s_.key_dim, n, 1, part);
+    };
     Acc *dk = t.dkq, *dq = t.dkq + int64_t{n} * ld;
     add(dq, as_left(isa_, t.chunk_chunk, t.m1, s_.ld_chunk, n, n), keys, Part::lower_a);
     add(dk, transposed(as_right(isa_, t.chunk_chunk_too, t.m1, s_.ld_chunk, n, n)), queries, Part::upper_a);
@@ -483,18 +500,20 @@ class Backward {
       }
     }
     if (grads_.dbeta) {
-      isa_.store_rows(offset(grads_.dbeta, rule_.beta_element, at), rule_.beta_element, rule_.value_heads, t.dbeta, 1, nullptr,
-                      keys.rows, 1);
+      isa_.store_rows(offset(grads_.dbeta, rule_.beta_element, at), rule_.beta_element, rule_.value_heads, t.dbeta, 1,
+                      nullptr, keys.rows, 1);
     }
   }
 
   void finish_key_gradients(const Item& item, const KeyBlock<E>& keys, BackwardTemporaries<E>& t) const {
     const int n = keys.padded, ld = s_.ld_key;
     if (rule_.qk_l2norm) isa_.l2norm_rows_backward(t.dkq, ld, keys.kq, ld, keys.reciprocal_norm, 2 * n, s_.key_dim);
-    const int64_t at = (keys.first_token * rule_.heads + item.head) * rule_.key_dim, stride = rule_.heads * rule_.key_dim;
-    isa_.store_rows(offset(grads_.dk, rule_.element, at), rule_.element, stride, t.dkq, ld, nullptr, keys.rows, rule_.key_dim);
-    isa_.store_rows(offset(grads_.dq, rule_.element, at), rule_.element, stride, t.dkq + int64_t{n} * ld, ld, nullptr, keys.rows,
+    const int64_t at = (keys.first_token * rule_.heads + item.head) * rule_.key_dim,
+                  stride = rule_.heads * rule_.key_dim;
+    isa_.store_rows(offset(grads_.dk, rule_.element, at), rule_.element, stride, t.dkq, ld, nullptr, keys.rows,
                     rule_.key_dim);
+    isa_.store_rows(offset(grads_.dq, rule_.element, at), rule_.element, stride, t.dkq + int64_t{n} * ld, ld, nullptr,
+                    keys.rows, rule_.key_dim);
   }
 
   const DeltaRule& rule_;
@@ -507,8 +526,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
     Tensor d_o, std::optional<Tensor> dfinal_state, Tensor q, Tensor k, Tensor v, std::optional<Tensor> g,
     std::optional<Tensor> beta, std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, Tensor solve,
     Tensor states, double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every) {
-  const DeltaRule rule = read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size,
-                                        checkpoint_every);
+  const DeltaRule rule =
+      read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size, checkpoint_every);
   const SequenceLayout& sequences = rule.sequences;
   const ScalarType type = q.scalar_type(), state = state_dtype(type);
   const int64_t hv = rule.value_heads, c = rule.chunk_size, key_dim = rule.key_dim, value_dim = rule.value_dim;
@@ -523,16 +542,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   Tensor dg = gradient_of(g), dbeta = gradient_of(beta), dinitial = gradient_of(initial_state);
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
-  const Gradients gradients{d_o.const_data_ptr(),
-                            dfinal_state ? dfinal_state->const_data_ptr() : nullptr,
-                            solve.const_data_ptr(),
-                            states.const_data_ptr(),
-                            dq.mutable_data_ptr(),
-                            dk.mutable_data_ptr(),
-                            dv.mutable_data_ptr(),
-                            data(dg, g.has_value()),
-                            data(dbeta, beta.has_value()),
-                            data(dinitial, initial_state.has_value())};
+  const Gradients gradients{d_o.const_data_ptr(),          dfinal_state ? dfinal_state->const_data_ptr() : nullptr,
+                            solve.const_data_ptr(),        states.const_data_ptr(),
+                            dq.mutable_data_ptr(),         dk.mutable_data_ptr(),
+                            dv.mutable_data_ptr(),         data(dg, g.has_value()),
+                            data(dbeta, beta.has_value()), data(dinitial, initial_state.has_value())};
   with_primitives(type, [&](const auto& isa) { Backward(rule, isa, gradients).run(torch::stable::get_num_threads()); });
   return {dq, dk, dv, dg, dbeta, dinitial};
 }

@@ -52,7 +52,8 @@ struct ColumnBlocks {
 
 // Work: Workspace workspace(arena, items, chunks, workers, shared);
 //       chunks_alone(), chunks_shared(items, most, threads): chunks in flight per item;
-//       process(items, count, workspace, chunks, threads, each), where each(n, task) runs task(i, worker) for all i < n.
+//       process(items, count, workspace, chunks, threads, each), where each(n, task) runs task(i, worker) for all i <
+//       n.
 template <class Work, class Isa>
 void run_whole(Work& work, const std::vector<Item>& items, int64_t threads, const Isa& isa) {
   const int64_t count = static_cast<int64_t>(items.size()), workers = std::min(threads, count);
@@ -68,9 +69,8 @@ void run_whole(Work& work, const std::vector<Item>& items, int64_t threads, cons
   const auto serial = [](int64_t tasks, const auto& task) {
     for (int64_t i = 0; i < tasks; ++i) task(i, 0);
   };
-  parallel_tasks(count, workers, isa, [&](int64_t i, int64_t worker) {
-    work.process(&items[i], 1, workspaces[worker], chunks, 1, serial);
-  });
+  parallel_tasks(count, workers, isa,
+                 [&](int64_t i, int64_t worker) { work.process(&items[i], 1, workspaces[worker], chunks, 1, serial); });
 }
 
 template <class Work, class Isa>

@@ -1,7 +1,7 @@
 // Gated delta rule, one or a few tokens with the state pool updated in place. Per value head and token:
-//   r = kT S    p = qT S    u = beta (v - e^g r)    o = e^g p + (q.k) u    S = e^g S + k uT
-// so a state is read once for both products and once more for its update: the step is bound by that traffic. Always
-// in the accumulate type. Tasks are batch rows x value heads (x column blocks if those are few); tiny calls stay serial.
+//   r = kᵀ S     p = qᵀ S     u = β (v - e^g r)     o = e^g p + (q·k) u     S = e^g S + k uᵀ
+// so a state is read once for both products and once more for its update: the step is bound by that traffic. Always in
+// the accumulate type. Tasks are batch rows × value heads (× column blocks if those are few); tiny calls stay serial.
 #include "gated_delta_rule.h"
 
 namespace memattn::cpu {
@@ -59,10 +59,12 @@ class StepKernel {
         load_unit(k, step_.k, token * step_.heads + head);
         load_unit(q, step_.q, token * step_.heads + head);
         for (int i = 0; i < step_.key_dim; ++i) q[i] *= Acc(step_.scale);
-        isa_.load_rows(v, kMaxDim, 1, count, offset(step_.v, step_.element, at * step_.value_dim + first), step_.element, 0, 1, count);
+        isa_.load_rows(v, kMaxDim, 1, count, offset(step_.v, step_.element, at * step_.value_dim + first),
+                       step_.element, 0, 1, count);
         const Acc decay = step_.g ? std::exp(static_cast<const Acc*>(step_.g)[at]) : Acc(1);
         Acc beta = 1;
-        if (step_.beta) isa_.load_rows(&beta, 1, 1, 1, offset(step_.beta, step_.beta_element, at), step_.beta_element, 0, 1, 1);
+        if (step_.beta)
+          isa_.load_rows(&beta, 1, 1, 1, offset(step_.beta, step_.beta_element, at), step_.beta_element, 0, 1, 1);
         Acc* state = static_cast<Acc*>(step_.state) +
                      (row * step_.value_heads + value_head) * step_.key_dim * step_.value_dim + first;
         isa_.step_columns(state, step_.value_dim, k, q, v, decay, beta, o, step_.key_dim, count);
@@ -74,7 +76,8 @@ class StepKernel {
   // One row of q or k, normalised if asked.
   void load_unit(Acc* x, const void* from, int64_t row) const {
     const int width = round_up(step_.key_dim, 16);
-    isa_.load_rows(x, kMaxDim, 1, width, offset(from, step_.element, row * step_.key_dim), step_.element, 0, 1, step_.key_dim);
+    isa_.load_rows(x, kMaxDim, 1, width, offset(from, step_.element, row * step_.key_dim), step_.element, 0, 1,
+                   step_.key_dim);
     Acc reciprocal_norm;
     if (step_.qk_l2norm) isa_.l2norm_rows(x, kMaxDim, &reciprocal_norm, Acc(kL2NormEps), 1, width);
   }
@@ -91,8 +94,25 @@ Tensor gated_delta_rule_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor>
   check_tensor(kOp, "state", state, {state_dtype(q.scalar_type())},
                {pool, rule.value_heads, rule.key_dim, rule.value_dim});
   check_tensor(kOp, "state_indices", state_indices, {ScalarType::Int, ScalarType::Long}, {batch});
-  Step step{batch, tokens, rule.heads, rule.value_heads, state.size(0), rule.key_dim, rule.value_dim, rule.q, rule.k, rule.v,
-            rule.g, rule.beta, nullptr, state.mutable_data_ptr(), rule.element, rule.beta_element, {}, scale, qk_l2norm};
+  Step step{batch,
+            tokens,
+            rule.heads,
+            rule.value_heads,
+            state.size(0),
+            rule.key_dim,
+            rule.value_dim,
+            rule.q,
+            rule.k,
+            rule.v,
+            rule.g,
+            rule.beta,
+            nullptr,
+            state.mutable_data_ptr(),
+            rule.element,
+            rule.beta_element,
+            {},
+            scale,
+            qk_l2norm};
   if (state_indices) {
     step.rows = read_indices(*state_indices);
   } else {

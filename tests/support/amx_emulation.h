@@ -1,5 +1,6 @@
 // The AMX tile instructions in software, so that the AMX table can be checked on a processor without them. Included by
-// csrc/cpu/isa/amx.cpp in test builds, after <immintrin.h>; it replaces the intrinsics by name. Misuse ends the process.
+// csrc/cpu/isa/amx.cpp in test builds, after <immintrin.h>; it replaces the intrinsics by name. Misuse ends the
+// process.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 // avx512_bf16 table. All eight tiles are 16 rows of 64 bytes: 16 x 16 floats of C, 16 x 32 bf16 of A, and 16 pairs of
 // rows x 16 columns of B, which is exactly the layout of a right operand.
 //
-// The tile state belongs to a thread: `enter` configures it at the start of a task and `leave` releases it. Permission is
-// asked for once per process, where the processor's features are detected.
+// The tile state belongs to a thread: `enter` configures it at the start of a task and `leave` releases it. Permission
+// is asked for once per process, where the processor's features are detected.
 #include "primitives.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -18,8 +18,8 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                       \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))),       \
+#pragma clang attribute push(                                                                                 \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns inside its own AVX-512 headers
@@ -50,8 +50,8 @@ void configure_tiles() {
 
 void release_tiles() { _tile_release(); }
 
-// Rows of A with consecutive pairs, as a tile wants them. Only the transpose of a right operand has them apart; its pairs
-// are the dwords of a 16 x 16 transpose.
+// Rows of A with consecutive pairs, as a tile wants them. Only the transpose of a right operand has them apart; its
+// pairs are the dwords of a 16 x 16 transpose.
 const bf16* contiguous_rows(Left<bf16> a, int first_row, int begin, int end, bf16* buffer, int64_t* row) {
   if (a.step == 2) {
     *row = a.row;
@@ -62,7 +62,8 @@ const bf16* contiguous_rows(Left<bf16> a, int first_row, int begin, int end, bf1
     for (int j = begin; j < end; j += kBlock) {
       __m512 block[16];
 #pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) block[r] = _mm512_loadu_ps(a.data + (first_row + i) * a.row + (j / 2 + r) * a.step);
+      for (int r = 0; r < kTile; ++r)
+        block[r] = _mm512_loadu_ps(a.data + (first_row + i) * a.row + (j / 2 + r) * a.step);
       Avx512Vec::transpose(block);
 #pragma GCC unroll 16
       for (int r = 0; r < kTile; ++r) _mm512_storeu_ps(buffer + int64_t{i + r} * kMaxDepth + j, block[r]);
@@ -81,7 +82,8 @@ void scale_block(float* c, int ldc, float keep) {
 }
 
 // Tiles 0 to 3 are C, 4 and 5 the two row halves of A, 6 and 7 the two column halves of B.
-void tile_block(float* c, int ldc, const bf16* a, int64_t row, const bf16* b, int64_t b_row, int begin, int end, float keep) {
+void tile_block(float* c, int ldc, const bf16* a, int64_t row, const bf16* b, int64_t b_row, int begin, int end,
+                float keep) {
   const int64_t c_bytes = int64_t{ldc} * 4, a_bytes = row * 2, b_bytes = b_row * 2;
   if (keep == 0) {
     _tile_zero(0);

@@ -60,7 +60,8 @@ struct Bf16Pack {
 #pragma GCC unroll 16
         for (int r = 0; r < 16; ++r) {
           const float* from = x + int64_t{i + r} * ldx + j;
-          block[r] = _mm512_castsi512_ps(as_bf16(half ? _mm512_setzero_ps() : _mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+          block[r] = _mm512_castsi512_ps(
+              as_bf16(half ? _mm512_setzero_ps() : _mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
         }
         Avx512Vec::transpose(block);
         const int pairs = half ? 8 : 16;

@@ -1,9 +1,9 @@
 // Every primitive, written once over a vector type V and a product type D. Included inside the anonymous namespace and
 // the target region of each table's file, after that file has included <cmath>, <cstdint> and <cstring>; it includes
-// nothing itself, and calls no function template of std, whose copy compiled for AVX the linker could pick for everyone.
+// nothing itself, and calls no function template of std: the linker could pick a copy compiled for AVX for everyone.
 //
-// V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab, sum,
-//    exp, first(x, n) = the first n lanes of x and zero, transpose(rows); for float also load/store of bf16 and f16.
+// V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab,
+//    sum, exp, first(x, n) = the first n lanes of x and zero, transpose(rows); for float also load/store bf16 and f16.
 // D: E, Vec = V, Wide (a register of right-operand elements), broadcast(pointer to a group), load, mac(c, a, b).
 
 template <class V>
@@ -11,7 +11,7 @@ using ScalarOf = typename V::Scalar;
 
 inline constexpr int round_up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// --- conversions of single elements, for the columns that do not fill a vector ---------------------------------------
+// --- conversions of single elements, for the columns that do not fill a vector ---
 
 static inline float bf16_to_float(uint16_t h) {
   const uint32_t bits = uint32_t{h} << 16;
@@ -60,7 +60,7 @@ static inline uint16_t float_to_half(float x) {
   return sign | static_cast<uint16_t>((bits - 0x38000000u + 0x0fffu + ((bits >> 13) & 1u)) >> 13);
 }
 
-// --- one row of storage: convert to and from the accumulate type -------------------------------------------------------
+// --- one row of storage: convert to and from the accumulate type ---
 
 template <class V>
 struct StoredSame {
@@ -107,8 +107,8 @@ static void load_rows_as(ScalarOf<V>* x, int ldx, int padded_rows, int width, co
 }
 
 template <class V, class Stored>
-static void store_rows_as(void* dst, int64_t stride, const ScalarOf<V>* x, int ldx, const ScalarOf<V>* row_scale, int rows,
-                          int cols) {
+static void store_rows_as(void* dst, int64_t stride, const ScalarOf<V>* x, int ldx, const ScalarOf<V>* row_scale,
+                          int rows, int cols) {
   using Item = typename Stored::Item;
   const int whole = cols / V::lanes * V::lanes;
   for (int i = 0; i < rows; ++i) {
@@ -122,8 +122,8 @@ static void store_rows_as(void* dst, int64_t stride, const ScalarOf<V>* x, int l
 }
 
 template <class V>
-static void load_rows(ScalarOf<V>* x, int ldx, int padded_rows, int width, const void* src, Element type, int64_t stride,
-                      int rows, int cols) {
+static void load_rows(ScalarOf<V>* x, int ldx, int padded_rows, int width, const void* src, Element type,
+                      int64_t stride, int rows, int cols) {
   if constexpr (sizeof(ScalarOf<V>) == 8) {
     load_rows_as<V, StoredSame<V>>(x, ldx, padded_rows, width, src, stride, rows, cols);
   } else if (type == Element::bf16) {
@@ -136,8 +136,8 @@ static void load_rows(ScalarOf<V>* x, int ldx, int padded_rows, int width, const
 }
 
 template <class V>
-static void store_rows(void* dst, Element type, int64_t stride, const ScalarOf<V>* x, int ldx, const ScalarOf<V>* row_scale,
-                       int rows, int cols) {
+static void store_rows(void* dst, Element type, int64_t stride, const ScalarOf<V>* x, int ldx,
+                       const ScalarOf<V>* row_scale, int rows, int cols) {
   if constexpr (sizeof(ScalarOf<V>) == 8) {
     store_rows_as<V, StoredSame<V>>(dst, stride, x, ldx, row_scale, rows, cols);
   } else if (type == Element::bf16) {
@@ -149,7 +149,7 @@ static void store_rows(void* dst, Element type, int64_t stride, const ScalarOf<V
   }
 }
 
-// --- products ----------------------------------------------------------------------------------------------------------
+// --- products ---
 
 // A V times the same type: every accumulate-type product.
 template <class V>
@@ -213,8 +213,8 @@ static void gemm_panel(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E
 // PANEL is 2 or 3 vectors. The k order of every element is the same whatever the panel, hence also whatever part of the
 // columns a caller asks for.
 template <class D, int ROWS, int PANEL>
-static void gemm(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, Right<typename D::E> b, int m, int n, int k,
-                 ScalarOf<typename D::Vec> keep, Part part) {
+static void gemm(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, Right<typename D::E> b, int m, int n,
+                 int k, ScalarOf<typename D::Vec> keep, Part part) {
   constexpr int lanes = D::Vec::lanes;
   int column = 0;
   while (column < n) {
@@ -232,7 +232,7 @@ static void gemm(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, R
   }
 }
 
-// --- operands of accumulate type ---------------------------------------------------------------------------------------
+// --- operands of accumulate type ---
 
 template <class V>
 struct SamePack {
@@ -263,7 +263,7 @@ struct SamePack {
   }
 };
 
-// --- row operations ----------------------------------------------------------------------------------------------------
+// --- row operations ---
 
 template <class V>
 static inline ScalarOf<V> dot(const ScalarOf<V>* x, const ScalarOf<V>* y, int width) {
@@ -278,7 +278,8 @@ static inline ScalarOf<V> dot(const ScalarOf<V>* x, const ScalarOf<V>* y, int wi
 }
 
 template <class V>
-static void dot_rows(ScalarOf<V>* out, const ScalarOf<V>* x, int ldx, const ScalarOf<V>* y, int ldy, int rows, int width) {
+static void dot_rows(ScalarOf<V>* out, const ScalarOf<V>* x, int ldx, const ScalarOf<V>* y, int ldy, int rows,
+                     int width) {
   for (int i = 0; i < rows; ++i) out[i] = dot<V>(x + int64_t{i} * ldx, y + int64_t{i} * ldy, width);
 }
 
@@ -292,7 +293,8 @@ static void scale_rows(ScalarOf<V>* x, int ldx, const ScalarOf<V>* a, int rows, 
 }
 
 template <class V>
-static void add_rows(ScalarOf<V>* y, int ldy, const ScalarOf<V>* a, const ScalarOf<V>* x, int ldx, int rows, int width) {
+static void add_rows(ScalarOf<V>* y, int ldy, const ScalarOf<V>* a, const ScalarOf<V>* x, int ldx, int rows,
+                     int width) {
   for (int i = 0; i < rows; ++i) {
     ScalarOf<V>* to = y + int64_t{i} * ldy;
     const ScalarOf<V>* from = x + int64_t{i} * ldx;
@@ -340,7 +342,7 @@ static void exp_row(ScalarOf<V>* dst, const ScalarOf<V>* x, int count) {
   for (int j = 0; j < count; j += V::lanes) V::store(dst + j, V::exp(V::load(x + j)));
 }
 
-// --- the C x C part of a chunk -------------------------------------------------------------------------------------------
+// --- the C x C part of a chunk ---
 
 template <class V>
 static void decay_matrix(ScalarOf<V>* decay, int ld, const ScalarOf<V>* high, const ScalarOf<V>* low, int n) {
@@ -356,8 +358,9 @@ static void decay_matrix(ScalarOf<V>* decay, int ld, const ScalarOf<V>* high, co
 }
 
 template <class V>
-static void chunk_scores(ScalarOf<V>* lower, ScalarOf<V>* attention, int ld, const ScalarOf<V>* kk, const ScalarOf<V>* qk,
-                         const ScalarOf<V>* decay, const ScalarOf<V>* beta, ScalarOf<V> scale, int n) {
+static void chunk_scores(ScalarOf<V>* lower, ScalarOf<V>* attention, int ld, const ScalarOf<V>* kk,
+                         const ScalarOf<V>* qk, const ScalarOf<V>* decay, const ScalarOf<V>* beta, ScalarOf<V> scale,
+                         int n) {
   const auto wide_scale = V::broadcast(scale);
   for (int i = 0; i < n; ++i) {
     const auto beta_i = V::broadcast(beta[i]);
@@ -376,10 +379,10 @@ static void chunk_scores(ScalarOf<V>* lower, ScalarOf<V>* attention, int ld, con
 }
 
 template <class V>
-static void chunk_scores_backward(ScalarOf<V>* m1, ScalarOf<V>* n2, int ld, const ScalarOf<V>* da, const ScalarOf<V>* dxv,
-                                  const ScalarOf<V>* qk, const ScalarOf<V>* kk, const ScalarOf<V>* decay,
-                                  const ScalarOf<V>* beta, ScalarOf<V> scale, ScalarOf<V>* dgate, ScalarOf<V>* dbeta,
-                                  int n) {
+static void chunk_scores_backward(ScalarOf<V>* m1, ScalarOf<V>* n2, int ld, const ScalarOf<V>* da,
+                                  const ScalarOf<V>* dxv, const ScalarOf<V>* qk, const ScalarOf<V>* kk,
+                                  const ScalarOf<V>* decay, const ScalarOf<V>* beta, ScalarOf<V> scale,
+                                  ScalarOf<V>* dgate, ScalarOf<V>* dbeta, int n) {
   const auto wide_scale = V::broadcast(scale);
   for (int i = 0; i < n; ++i) dgate[i] = 0;
   for (int i = 0; i < n; ++i) {
@@ -434,7 +437,7 @@ static void unit_lower_inverse(ScalarOf<V>* inverse, int ldi, const ScalarOf<V>*
   }
 }
 
-// --- one token -----------------------------------------------------------------------------------------------------------
+// --- one token ---
 
 template <class V, int COLS>
 static void step_block(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, const ScalarOf<V>* q, const ScalarOf<V>* v,
@@ -468,7 +471,8 @@ static void step_block(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, con
 }
 
 template <class S>
-static void step_single_column(S* state, int64_t ld, const S* k, const S* q, S v, S decay, S beta, S qk, S* o, int k_dim) {
+static void step_single_column(S* state, int64_t ld, const S* k, const S* q, S v, S decay, S beta, S qk, S* o,
+                               int k_dim) {
   S read = 0, seen = 0;
   for (int i = 0; i < k_dim; ++i) {
     read += k[i] * state[i * ld];
@@ -480,19 +484,21 @@ static void step_single_column(S* state, int64_t ld, const S* k, const S* q, S v
 }
 
 template <class V, int COLS>
-static void step_columns(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, const ScalarOf<V>* q, const ScalarOf<V>* v,
-                         ScalarOf<V> decay, ScalarOf<V> beta, ScalarOf<V>* o, int k_dim, int cols) {
+static void step_columns(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, const ScalarOf<V>* q,
+                         const ScalarOf<V>* v, ScalarOf<V> decay, ScalarOf<V> beta, ScalarOf<V>* o, int k_dim,
+                         int cols) {
   ScalarOf<V> qk = 0;
   for (int i = 0; i < k_dim; ++i) qk += q[i] * k[i];
   int j = 0;
   for (; j + COLS * V::lanes <= cols; j += COLS * V::lanes) {
     step_block<V, COLS>(state + j, ld, k, q, v + j, decay, beta, qk, o + j, k_dim);
   }
-  for (; j + V::lanes <= cols; j += V::lanes) step_block<V, 1>(state + j, ld, k, q, v + j, decay, beta, qk, o + j, k_dim);
+  for (; j + V::lanes <= cols; j += V::lanes)
+    step_block<V, 1>(state + j, ld, k, q, v + j, decay, beta, qk, o + j, k_dim);
   for (; j < cols; ++j) step_single_column(state + j, ld, k, q, v[j], decay, beta, qk, o + j, k_dim);
 }
 
-// --- the table -----------------------------------------------------------------------------------------------------------
+// --- the table ---
 
 static void nothing() {}
 

@@ -1,7 +1,7 @@
 // The table of primitives that the CPU ops are written against, and the layouts its operands have.
 //
-// E is the operand type of matrix products: float, double or bf16. Everything else (sums, gates, states, row operations)
-// has the accumulate type Acc = AccumulateOf<E>: float, or double for double.
+// E is the operand type of matrix products: float, double or bf16. Everything else (sums, gates, states, row
+// operations) has the accumulate type Acc = AccumulateOf<E>: float, or double for double.
 //
 // Every block is zero-padded: its row and column counts are multiples of `unit`, so no primitive has a ragged edge.
 // Only load_rows, store_rows and step_columns see the true sizes.
@@ -81,11 +81,11 @@ struct Primitives {
   // Operands from rows x [rows, cols]. row_scale may be null.
   void (*pack_left)(E* dst, int ld, const Acc* x, int ldx, int rows, int cols);
   void (*pack_right)(E* dst, int ld, const Acc* x, int ldx, const Acc* row_scale, int rows, int cols);
-  void (*pack_right_transposed)(E* dst, int ld, const Acc* x, int ldx, int rows, int cols);  // B = xT [cols, rows]
+  void (*pack_right_transposed)(E* dst, int ld, const Acc* x, int ldx, int rows, int cols);  // B = xᵀ [cols, rows]
 
   // x [rows, cols] from memory, stride in elements; rows to padded_rows and columns to width become zero.
-  void (*load_rows)(Acc* x, int ldx, int padded_rows, int width, const void* src, Element type, int64_t stride, int rows,
-                    int cols);
+  void (*load_rows)(Acc* x, int ldx, int padded_rows, int width, const void* src, Element type, int64_t stride,
+                    int rows, int cols);
   void (*store_rows)(void* dst, Element type, int64_t stride, const Acc* x, int ldx, const Acc* row_scale, int rows,
                      int cols);
 
@@ -93,10 +93,10 @@ struct Primitives {
   void (*l2norm_rows)(Acc* x, int ldx, Acc* reciprocal_norm, Acc eps, int rows, int width);
   void (*l2norm_rows_backward)(Acc* dx, int lddx, const Acc* normalised, int ldn, const Acc* reciprocal_norm, int rows,
                                int width);
-  void (*scale_rows)(Acc* x, int ldx, const Acc* a, int rows, int width);                          // x = a x
-  void (*add_rows)(Acc* y, int ldy, const Acc* a, const Acc* x, int ldx, int rows, int width);      // y += a x
+  void (*scale_rows)(Acc* x, int ldx, const Acc* a, int rows, int width);                            // x = a x
+  void (*add_rows)(Acc* y, int ldy, const Acc* a, const Acc* x, int ldx, int rows, int width);       // y += a x
   void (*residual_rows)(Acc* y, int ldy, const Acc* a, const Acc* x, int ldx, int rows, int width);  // y = x - a y
-  void (*dot_rows)(Acc* out, const Acc* x, int ldx, const Acc* y, int ldy, int rows, int width);    // out = <x, y>
+  void (*dot_rows)(Acc* out, const Acc* x, int ldx, const Acc* y, int ldy, int rows, int width);     // out = <x, y>
 
   void (*exp_row)(Acc* dst, const Acc* x, int count);
 
@@ -105,7 +105,7 @@ struct Primitives {
   // lower = beta_i kk decay below the diagonal, attention = scale qk decay up to it; zero elsewhere.
   void (*chunk_scores)(Acc* lower, Acc* attention, int ld, const Acc* kk, const Acc* qk, const Acc* decay,
                        const Acc* beta, Acc scale, int n);
-  // Given dA = dO VnT and dxv = dX VnT: m1 = scale dA decay (j <= i), m2 = -dxv decay (j < i), n2 = beta_i m2 and
+  // Given dA = dO Vnᵀ and dxv = dX Vnᵀ: m1 = scale dA decay (j <= i), m2 = -dxv decay (j < i), n2 = beta_i m2 and
   // with e = m1 qk + n2 kk: dgate_i = sum_j e_ij - sum_j e_ji, dbeta_i += sum_j m2_ij kk_ij.
   void (*chunk_scores_backward)(Acc* m1, Acc* n2, int ld, const Acc* da, const Acc* dxv, const Acc* qk, const Acc* kk,
                                 const Acc* decay, const Acc* beta, Acc scale, Acc* dgate, Acc* dbeta, int n);
@@ -113,7 +113,7 @@ struct Primitives {
   void (*unit_lower_inverse)(Acc* inverse, int ldi, const Acc* lower, int ldl, int n);
 
   // One token on `cols` columns of a state [k_dim, ld], read and written once:
-  // r = kT S, p = qT S;  u = beta (v - decay r);  S = decay S + k uT;  o = decay p + (q.k) u.
+  // r = kᵀ S, p = qᵀ S;  u = beta (v - decay r);  S = decay S + k uᵀ;  o = decay p + (q.k) u.
   void (*step_columns)(Acc* state, int64_t ld, const Acc* k, const Acc* q, const Acc* v, Acc decay, Acc beta, Acc* o,
                        int k_dim, int cols);
 };

@@ -55,7 +55,8 @@ struct Avx512Vec {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void store_f16(uint16_t* p, Reg x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
   // Transposes 16 rows of 16 dwords: 4x4 blocks inside the 128-bit lanes, then the lanes themselves.
@@ -73,7 +74,8 @@ struct Avx512Vec {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const Reg a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
-      const Reg c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+      const Reg c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88),
+                d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
       rows[i] = _mm512_shuffle_f32x4(a, c, 0x88);
       rows[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
       rows[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
