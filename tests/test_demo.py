@@ -74,15 +74,16 @@ def test_too_little_text_is_refused(tmp_path):
         data.load_corpus(tmp_path, held_out_bytes=1_000_000)
 
 
-def test_training_rows_go_on_where_they_stopped():
-    text = torch.arange(200, dtype=torch.uint8)
-    rows = data.TrainingRows(text, rows=2, length=30)
-    first, second, far = rows.batch(0), rows.batch(1), rows.batch(3)
-    assert torch.equal(first[0], torch.arange(31)) and torch.equal(second[1], torch.arange(130, 161))
-    assert torch.equal(first[:, -1], second[:, 0])
-    assert far[1, 10] == 0, "the second row wraps round to the start"
-    with pytest.raises(ValueError, match=r"text has 200 bytes; rows=8 of length=30 need more"):
-        data.TrainingRows(text, rows=8, length=30)
+def test_training_rows_go_on_where_they_stopped_until_they_jump():
+    text = torch.arange(250, dtype=torch.uint8)
+    rows = data.TrainingRows(text, rows=5, length=30, stay=2)
+    first, second, third = (rows.batch(i) for i in range(3))
+    assert first.shape == (5, 31) and torch.equal(first.diff(), torch.ones(5, 30, dtype=torch.long))
+    assert torch.equal(first[:, -1], second[:, 0]) and not torch.equal(second[:, -1], third[:, 0])
+    assert [rows.starts_afresh(i) for i in range(4)] == [True, False, True, False]
+    assert torch.equal(second, data.TrainingRows(text, 5, 30, 2).batch(1)), "a resumed run reads the same"
+    with pytest.raises(ValueError, match=r"text has 250 bytes; stay=9 batches of length=30 need more"):
+        data.TrainingRows(text, rows=5, length=30, stay=9)
 
 
 def test_order2_counts_agree_with_dictionaries():
@@ -161,7 +162,7 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_resumed_training_takes_the_same_step(tmp_path, tiny_model):
-    rows = data.TrainingRows(torch.arange(2000).remainder(97).to(torch.uint8), rows=2, length=16)
+    rows = data.TrainingRows(torch.arange(2000).remainder(97).to(torch.uint8), rows=2, length=16, stay=8)
     config = train.TrainingConfig(seconds=60)
     trainer = train.Trainer(tiny_model, rows, config, Progress(seconds=30.0))
     for i in range(3):

@@ -90,18 +90,26 @@ def _check_size(corpus: Corpus, folder: Path, held_out_bytes: int) -> None:
 
 
 class TrainingRows:
-    """`rows` readers at evenly spread places of a text, each going on where it stopped: state can be carried."""
+    """`rows` readers of a text: each reads `stay` batches on from a random place, state carried, then all jump.
 
-    def __init__(self, text: Tensor, rows: int, length: int) -> None:
-        if len(text) <= rows * length:
-            raise ValueError(f"text has {len(text):,} bytes; rows={rows} of length={length} need more")
-        self.text, self.length = text, length
-        self.starts = torch.arange(rows) * (len(text) // rows)
+    Readers that never jump would let the weights adapt to the few files they are in.
+    """
+
+    def __init__(self, text: Tensor, rows: int, length: int, stay: int) -> None:
+        self.text, self.rows, self.length, self.stay = text, rows, length, stay
+        self._places = len(text) - stay * length
+        if self._places <= 0:
+            raise ValueError(f"text has {len(text):,} bytes; stay={stay} batches of length={length} need more")
+
+    def starts_afresh(self, index: int) -> bool:
+        """Whether batch number `index` is the first one after a jump."""
+        return index % self.stay == 0
 
     def batch(self, index: int) -> Tensor:
-        """Batch number `index`: bytes `[rows, length + 1]`; its last byte is the first of the next batch."""
-        places = self.starts[:, None] + index * self.length + torch.arange(self.length + 1)
-        return self.text[places % len(self.text)].long()
+        """Batch number `index`: bytes `[rows, length + 1]`; until a jump, its last byte is the first of the next."""
+        visit, step = divmod(index, self.stay)
+        starts = torch.randint(self._places, (self.rows, 1), generator=torch.Generator().manual_seed(visit))
+        return self.text[starts + step * self.length + torch.arange(self.length + 1)].long()
 
 
 def compressor_bits_per_byte(text: Tensor) -> dict[str, float]:

@@ -107,7 +107,7 @@ def _training(axes: Axes, results: Results) -> bool:
     if not progress.curve_bits:
         return False
     axes.plot(progress.curve_seconds, progress.curve_bits, color=DELTA, alpha=0.3, lw=1)
-    axes.plot(progress.curve_seconds, smooth(progress.curve_bits), color=DELTA, lw=1.8, label="model, on new text")
+    axes.plot(progress.curve_seconds, smooth(progress.curve_bits), color=DELTA, lw=1.8, label="model, on training text")
     for name, dashes in (("order-2 counts", "--"), ("gzip", ":"), ("lzma", "-.")):
         if name in results.baselines:
             bits = results.baselines[name]

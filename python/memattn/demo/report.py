@@ -83,7 +83,7 @@ def _about(results: Results) -> Table:
 def _bits(results: Results) -> Table:
     rows = [(name, f"{bits:.3f}") for name, bits in results.baselines.items()]
     if results.training.curve_bits:
-        rows.append(("model, end of training, new training text", f"{_mean(results.training.curve_bits[-10:]):.3f}"))
+        rows.append(("model, end of training, on training text", f"{_mean(results.training.curve_bits[-10:]):.3f}"))
     if results.rows:
         name = f"model, {results.rows.rows} texts of {short(results.rows.length)} bytes"
         rows.append((name, f"{results.rows.bits_per_byte:.3f}"))

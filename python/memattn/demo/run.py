@@ -78,7 +78,7 @@ class _Run:
 
     def _trainer(self, before: Checkpoint | None) -> train.Trainer:
         training = self.plan.training
-        rows = data.TrainingRows(self.text.train, training.rows, training.length)
+        rows = data.TrainingRows(self.text.train, training.rows, training.length, training.stay)
         trainer = train.Trainer(
             self.model, rows, training, before.progress if before else Progress(), self.options.dtype
         )

@@ -25,6 +25,7 @@ class TrainingConfig:
     seconds: float = 90.0
     rows: int = 8
     length: int = 256
+    stay: int = 8  # batches that one text is read for
     matrix_rate: float = 0.02  # Muon
     other_rate: float = 0.01  # AdamW
     final_fraction: float = 0.05
@@ -101,12 +102,14 @@ class Trainer:
     def run(self, stop: StopRequest, on_step: Callable[[float], None], save: Callable[[], None]) -> None:
         """Train for the seconds that are left. `on_step(bits per byte)` after each step; `save()` now and then."""
         device = next(self.model.parameters()).device
-        state = self.model.init_state(len(self.rows.starts))
+        state = self.model.init_state(self.rows.rows)
         before, start = self.progress.seconds, time.perf_counter()
         saved = recorded = 0.0
         recent: list[float] = []
         while (elapsed := time.perf_counter() - start) + before < self.config.seconds:
             self.progress.seconds = before + elapsed
+            if self.rows.starts_afresh(self.progress.step):
+                state = self.model.init_state(self.rows.rows)
             batch = self.rows.batch(self.progress.step).to(device)
             bits, state = self._step(batch, state)
             self.progress.step += 1
@@ -139,5 +142,5 @@ class Trainer:
     def _record(self, recent: list[float]) -> None:
         if recent:
             self.progress.curve_seconds.append(round(self.progress.seconds, 2))
-            self.progress.curve_bytes.append(self.progress.step * len(self.rows.starts) * self.rows.length)
+            self.progress.curve_bytes.append(self.progress.step * self.rows.rows * self.rows.length)
             self.progress.curve_bits.append(sum(recent) / len(recent))
