@@ -160,7 +160,7 @@ class RowsAhead {
     const char* base;
     int64_t stride, bytes, rows;
   };
-  Stream streams_[3] = {};
+  Stream streams_[4] = {};
   int count_ = 0;
   int64_t most_ = 0, done_ = 0;
 };

@@ -53,6 +53,7 @@ template <class E>
 struct RebuiltChunk {
   KeyBlock<E> keys;
   std::vector<RebuiltHead<E>> heads;
+  int64_t solve_slot = 0;
 
   RebuiltChunk(Arena& arena, const BlockSizes& s, int64_t value_heads) : keys(arena, s) {
     for (int64_t i = 0; i < value_heads; ++i) heads.emplace_back(arena, s);
@@ -276,13 +277,17 @@ class Backward {
   }
   int64_t value_stride() const { return rule_.value_heads * rule_.value_dim; }
 
-  // For the rebuilding scan: value rows, and with the first head the keys and queries.
+  // For the rebuilding scan: value rows and T, and with the first head the keys and queries.
   RowsAhead rows_of_next_chunk(const Item& item, int64_t head, const RebuiltChunk<E>& r, int begin, int cols) const {
     RowsAhead ahead;
     const int64_t token = r.keys.first_token + rule_.chunk_size, end = rule_.sequences.end(item.sequence);
     const int64_t rows = std::min<int64_t>(end - token, rule_.chunk_size);
     ahead.add(rule_.v, rule_.element, value_row(item, head, token) + begin, value_stride(), rows, cols);
-    if (head > 0 || begin > 0) return ahead;
+    if (begin > 0) return ahead;
+    const int64_t c = rule_.chunk_size, slot = r.solve_slot + 1;
+    ahead.add(grads_.solve, kAcc, (slot * rule_.value_heads + value_head(item, head)) * c * c, c, rows,
+              rule_.chunk_size);
+    if (head > 0) return ahead;
     for (const void* x : {rule_.k, rule_.q}) {
       ahead.add(x, rule_.element, (token * rule_.heads + item.head) * rule_.key_dim, rule_.heads * rule_.key_dim, rows,
                 rule_.key_dim);
@@ -321,11 +326,11 @@ class Backward {
   void prepare(const Item& item, int64_t chunk, RebuiltChunk<E>& r, bool first, BackwardTemporaries<E>& t) const {
     r.keys.prepare(rule_, isa_, s_, item.sequence, chunk, item.head, t.key_value);
     const int n = r.keys.padded, c = rule_.chunk_size, rows = std::min(n, c);
-    const int64_t slot = rule_.sequences.slot(item.sequence, chunk, c);
+    r.solve_slot = rule_.sequences.slot(item.sequence, chunk, c);
     for (int64_t i = 0; i < rule_.group(); ++i) {
       RebuiltHead<E>& head = r.heads[i];
       head.gates.prepare(rule_, isa_, r.keys.first_token, r.keys.rows, n, value_head(item, i));
-      const int64_t at = (slot * rule_.value_heads + value_head(item, i)) * c * c;
+      const int64_t at = (r.solve_slot * rule_.value_heads + value_head(item, i)) * c * c;
       isa_.load_rows(head.solve, s_.ld_chunk, n, n, offset(grads_.solve, kAcc, at), kAcc, c, rows, rows);
       head.solve_left = as_left(isa_, head.solve_left_buffer, head.solve, s_.ld_chunk, n, n);
       head.solve_right = as_right(isa_, head.solve_right_buffer, head.solve, s_.ld_chunk, n, n);
@@ -360,11 +365,10 @@ class Backward {
     isa_.gemm(fresh, ld, h.solve_left, {t.chunk_value, ld}, n, width, n, 0, Part::lower_a);
     ahead.fetch();
     if (next == nullptr) return;
-    copy_columns(next, h.state, begin, end);
     isa_.pack_right(t.chunk_value, ld, fresh, ld, h.gates.to_end, n, width);
     ahead.fetch();
-    isa_.gemm(next + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim, width, n, h.gates.whole,
-              Part::full);
+    isa_.gemm_from(next + begin, h.state + begin, ld, transposed(r.keys.kq_right), {t.chunk_value, ld}, s_.key_dim,
+                   width, n, h.gates.whole, Part::full);
   }
 
   // --- the reverse scan ---

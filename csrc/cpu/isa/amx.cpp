@@ -72,18 +72,18 @@ const bf16* contiguous_rows(Left<bf16> a, int first_row, int begin, int end, bf1
   return buffer;
 }
 
-void scale_block(float* c, int ldc, float keep) {
+void scale_block(float* c, const float* c0, int ldc, float keep) {
   for (int i = 0; i < kBlock; ++i) {
     for (int j = 0; j < kBlock; j += Avx512Vec::lanes) {
-      float* p = c + int64_t{i} * ldc + j;
-      Avx512Vec::store(p, Avx512Vec::mul(Avx512Vec::broadcast(keep), Avx512Vec::load(p)));
+      const int64_t at = int64_t{i} * ldc + j;
+      Avx512Vec::store(c + at, Avx512Vec::mul(Avx512Vec::broadcast(keep), Avx512Vec::load(c0 + at)));
     }
   }
 }
 
 // Tiles 0 to 3 are C, 4 and 5 the two row halves of A, 6 and 7 the two column halves of B.
-void tile_block(float* c, int ldc, const bf16* a, int64_t row, const bf16* b, int64_t b_row, int begin, int end,
-                float keep) {
+void tile_block(float* c, const float* c0, int ldc, const bf16* a, int64_t row, const bf16* b, int64_t b_row, int begin,
+                int end, float keep) {
   const int64_t c_bytes = int64_t{ldc} * 4, a_bytes = row * 2, b_bytes = b_row * 2;
   if (keep == 0) {
     _tile_zero(0);
@@ -91,7 +91,7 @@ void tile_block(float* c, int ldc, const bf16* a, int64_t row, const bf16* b, in
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    if (keep != 1) scale_block(c, ldc, keep);
+    if (keep != 1 || c0 != c) scale_block(c, c0, ldc, keep);
     _tile_loadd(0, c, c_bytes);
     _tile_loadd(1, c + kTile, c_bytes);
     _tile_loadd(2, c + int64_t{kTile} * ldc, c_bytes);
@@ -115,7 +115,8 @@ void tile_block(float* c, int ldc, const bf16* a, int64_t row, const bf16* b, in
 }
 
 // m, n and k are multiples of 32.
-void tile_gemm(float* c, int ldc, Left<bf16> a, Right<bf16> b, int m, int n, int k, float keep, Part part) {
+void tile_gemm_from(float* c, const float* c0, int ldc, Left<bf16> a, Right<bf16> b, int m, int n, int k, float keep,
+                    Part part) {
   alignas(64) bf16 buffer[kBlock * kMaxDepth];
   const int64_t b_row = int64_t{2} * b.ld;
   for (int i = 0; i < m; i += kBlock) {
@@ -125,9 +126,14 @@ void tile_gemm(float* c, int ldc, Left<bf16> a, Right<bf16> b, int m, int n, int
     const bf16* rows = contiguous_rows(a, i, begin, end, buffer, &row);
     const int columns = part == Part::lower_c && i + kBlock < n ? i + kBlock : n;
     for (int j = 0; j < columns; j += kBlock) {
-      tile_block(c + int64_t{i} * ldc + j, ldc, rows, row, b.data + int64_t{2} * j, b_row, begin, end, keep);
+      const int64_t at = int64_t{i} * ldc + j;
+      tile_block(c + at, c0 + at, ldc, rows, row, b.data + int64_t{2} * j, b_row, begin, end, keep);
     }
   }
+}
+
+void tile_gemm(float* c, int ldc, Left<bf16> a, Right<bf16> b, int m, int n, int k, float keep, Part part) {
+  tile_gemm_from(c, c, ldc, a, b, m, n, k, keep, part);
 }
 
 constexpr Primitives<bf16> amx_table() {
@@ -136,6 +142,7 @@ constexpr Primitives<bf16> amx_table() {
   table.enter = configure_tiles;
   table.leave = release_tiles;
   table.gemm = tile_gemm;
+  table.gemm_from = tile_gemm_from;
   return table;
 }
 

@@ -164,8 +164,9 @@ struct SameDot {
 
 // ROWS x (COLS vectors) of C held in registers over the whole k range.
 template <class D, int ROWS, int COLS>
-static inline void gemm_tile(ScalarOf<typename D::Vec>* c, int ldc, const typename D::E* a, int64_t row, int64_t step,
-                             const typename D::E* b, int64_t b_step, int groups, ScalarOf<typename D::Vec> keep) {
+static inline void gemm_tile(ScalarOf<typename D::Vec>* c, const ScalarOf<typename D::Vec>* c0, int ldc,
+                             const typename D::E* a, int64_t row, int64_t step, const typename D::E* b, int64_t b_step,
+                             int groups, ScalarOf<typename D::Vec> keep) {
   using V = typename D::Vec;
   constexpr int wide = V::lanes * OperandTraits<typename D::E>::group;
   typename V::Reg sum[ROWS][COLS];
@@ -173,7 +174,7 @@ static inline void gemm_tile(ScalarOf<typename D::Vec>* c, int ldc, const typena
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLS; ++j) {
-      sum[i][j] = keep == 0 ? V::zero() : V::mul(V::broadcast(keep), V::load(c + int64_t{i} * ldc + j * V::lanes));
+      sum[i][j] = keep == 0 ? V::zero() : V::mul(V::broadcast(keep), V::load(c0 + int64_t{i} * ldc + j * V::lanes));
     }
   }
   for (int g = 0; g < groups; ++g, a += step, b += b_step) {
@@ -196,8 +197,9 @@ static inline void gemm_tile(ScalarOf<typename D::Vec>* c, int ldc, const typena
 
 // One panel of COLS vectors of C: B's panel stays in L1 while the rows of A pass.
 template <class D, int ROWS, int COLS>
-static void gemm_panel(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, Right<typename D::E> b, int column,
-                       int m, int k, ScalarOf<typename D::Vec> keep, Part part) {
+static void gemm_panel(ScalarOf<typename D::Vec>* c, const ScalarOf<typename D::Vec>* c0, int ldc,
+                       Left<typename D::E> a, Right<typename D::E> b, int column, int m, int k,
+                       ScalarOf<typename D::Vec> keep, Part part) {
   constexpr int group = OperandTraits<typename D::E>::group;
   const int64_t b_step = int64_t{b.ld} * group;
   const int first_row = part == Part::lower_c ? column / ROWS * ROWS : 0;
@@ -205,7 +207,8 @@ static void gemm_panel(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E
     const int begin = part == Part::upper_a ? i / group : 0;
     int end = part == Part::lower_a ? (i + ROWS + group - 1) / group : k / group;
     if (end > k / group) end = k / group;
-    gemm_tile<D, ROWS, COLS>(c + int64_t{i} * ldc + column, ldc, a.data + i * a.row + begin * a.step, a.row, a.step,
+    const int64_t at = int64_t{i} * ldc + column;
+    gemm_tile<D, ROWS, COLS>(c + at, c0 + at, ldc, a.data + i * a.row + begin * a.step, a.row, a.step,
                              b.data + begin * b_step + int64_t{column} * group, b_step, end - begin, keep);
   }
 }
@@ -213,23 +216,29 @@ static void gemm_panel(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E
 // PANEL is 2 or 3 vectors. The k order of every element is the same whatever the panel, hence also whatever part of the
 // columns a caller asks for.
 template <class D, int ROWS, int PANEL>
-static void gemm(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, Right<typename D::E> b, int m, int n,
-                 int k, ScalarOf<typename D::Vec> keep, Part part) {
+static void gemm_from(ScalarOf<typename D::Vec>* c, const ScalarOf<typename D::Vec>* c0, int ldc, Left<typename D::E> a,
+                      Right<typename D::E> b, int m, int n, int k, ScalarOf<typename D::Vec> keep, Part part) {
   constexpr int lanes = D::Vec::lanes;
   int column = 0;
   while (column < n) {
     const int vectors = (n - column) / lanes;
     if (PANEL == 3 && vectors >= 3 && vectors != 4) {
-      gemm_panel<D, ROWS, PANEL>(c, ldc, a, b, column, m, k, keep, part);
+      gemm_panel<D, ROWS, PANEL>(c, c0, ldc, a, b, column, m, k, keep, part);
       column += 3 * lanes;
     } else if (vectors >= 2) {
-      gemm_panel<D, ROWS, 2>(c, ldc, a, b, column, m, k, keep, part);
+      gemm_panel<D, ROWS, 2>(c, c0, ldc, a, b, column, m, k, keep, part);
       column += 2 * lanes;
     } else {
-      gemm_panel<D, ROWS, 1>(c, ldc, a, b, column, m, k, keep, part);
+      gemm_panel<D, ROWS, 1>(c, c0, ldc, a, b, column, m, k, keep, part);
       column += lanes;
     }
   }
+}
+
+template <class D, int ROWS, int PANEL>
+static void gemm(ScalarOf<typename D::Vec>* c, int ldc, Left<typename D::E> a, Right<typename D::E> b, int m, int n,
+                 int k, ScalarOf<typename D::Vec> keep, Part part) {
+  gemm_from<D, ROWS, PANEL>(c, c, ldc, a, b, m, n, k, keep, part);
 }
 
 // --- operands of accumulate type ---
@@ -512,6 +521,7 @@ static constexpr Primitives<typename D::E> make_table(const char* isa) {
   table.enter = nothing;
   table.leave = nothing;
   table.gemm = gemm<D, ROWS, PANEL>;
+  table.gemm_from = gemm_from<D, ROWS, PANEL>;
   table.pack_left = Pack::left;
   table.pack_right = Pack::right;
   table.pack_right_transposed = Pack::right_transposed;

@@ -77,6 +77,8 @@ struct Primitives {
 
   // C [m, n] = keep * C + A B; C is not read if keep is 0. The sum over k runs in ascending order, from keep * C.
   void (*gemm)(Acc* c, int ldc, Left<E> a, Right<E> b, int m, int n, int k, Acc keep, Part part);
+  // C = keep * C0 + A B, C0 with C's leading dimension.
+  void (*gemm_from)(Acc* c, const Acc* c0, int ldc, Left<E> a, Right<E> b, int m, int n, int k, Acc keep, Part part);
 
   // Operands from rows x [rows, cols]. row_scale may be null.
   void (*pack_left)(E* dst, int ld, const Acc* x, int ldx, int rows, int cols);
