@@ -101,7 +101,7 @@ def peak(op: str, mode: str, case: int, name: str, dtype: str, wheel: Path | Non
     above = (status_kib("VmHWM") - before) * 1024
     kept = sum(x.nbytes for x in tensors(results) if all(x is not y for y in given.values()))
     return {
-        "name": name, "mode": mode, "shape": shape.name, "dtype": dtype, "threads": torch.get_num_threads(),
+        "op": op, "name": name, "mode": mode, "shape": shape.name, "dtype": dtype, "threads": torch.get_num_threads(),
         "above_mib": above / 2**20, "results_mib": kept / 2**20, "extra_mib": (above - kept) / 2**20,
     }  # fmt: skip
 
@@ -112,7 +112,8 @@ def peak_in_fresh_process(**arguments: Any) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "peak", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
-        return {"name": arguments["name"], "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        error = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"op": arguments["op"], "name": arguments["name"], "mode": arguments["mode"], "error": error}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "transformers", "flash-linear-attention", "numpy")
 BUILD = ("built", "torch", "cxx", "nvcc", "cuda_archs", "commit")
 FLAGS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-SWITCHES = ("FLA_", "MEMATTN_", "TRITON_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+SWITCHES = ("FLA_", "MEMATTN_", "TRITON_", "OMP_", "MKL_", "THP_", "CUDA_VISIBLE_DEVICES")
 
 
 def output_of(*command: str) -> str:
@@ -69,6 +69,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def environment() -> dict[str, str]:
+    """Variables that may change a time."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(SWITCHES)}
+
+
 def describe() -> dict[str, Any]:
     """Everything, as stored in the JSON results."""
     return {
@@ -80,7 +85,7 @@ def describe() -> dict[str, Any]:
         "versions": versions(),
         "build": {k: v for k, v in _native.build_info().items() if k in BUILD},
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(SWITCHES)},
+        "environment": environment(),
     }
 
 

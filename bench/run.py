@@ -111,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # Absolute paths are this machine's business; a page shows the names.
     shown = (Path(word).name if Path(word).is_absolute() else word for word in words)
-    document = run(choice, " ".join(["python bench/run.py", *shown]), options.json)
+    variables = (f"{name}={value}" for name, value in machine.environment().items())
+    document = run(choice, " ".join([*variables, "python bench/run.py", *shown]), options.json)
     everyone = (c for row in document["rows"] for c in row["candidates"])
     return int(any(c["name"].startswith("memattn") and c["status"] in WRONG for c in everyone))
 

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import machine, registry, report, roofline, run, tables  # noqa: E402
+from bench import fresh, machine, registry, report, roofline, run, tables  # noqa: E402
 from bench.compare import Candidate, Gate, Race  # noqa: E402
 from bench.contest import Choice, contests  # noqa: E402
 from bench.ops import gated_delta_rule as entry  # noqa: E402
@@ -280,6 +280,16 @@ def test_published_figures_stand_beside_ours_and_say_so():
     assert report.published_table([row(1.0, 2.0)]) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux's /proc")
+def test_peak_memory_is_measured_and_a_failure_is_a_row_with_its_reason():
+    made = {"op": "gated_delta_rule", "mode": "fwd", "case": 0}
+    memory = [fresh.peak_in_fresh_process(**made, name=name) for name in ("memattn cpu", "nobody")]
+    assert 0 < memory[0]["extra_mib"] < 2 * memory[0]["threads"], "scratch without a graph is at most 2 MiB per thread"
+    text = "\n".join(report.memory_table([row(1.0, 2.0)], {"memory": memory}))
+    assert f"| memattn cpu | forward | B1 T2048 H16 D128 float32 | {memory[0]['extra_mib']:.1f} |" in text
+    assert "| nobody |  |  | no figure: StopIteration |" in text
+
+
 def test_times_far_below_the_floor_are_called_suspect():
     assert "suspect" in "\n".join(report.race_table([row(0.5, 9.0)]))
     assert "suspect" not in "\n".join(report.race_table([row(0.9, 9.0)]))
@@ -305,7 +315,7 @@ def test_json_has_times_machine_and_errors(tmp_path, capsys, monkeypatch):
         run.main([*arguments, "--device", "cpu", "--backend", "chunked", "--seconds", "0.01", "--json", str(path)]) == 0
     )
     document = json.loads(path.read_text())
-    assert document["command"].startswith("python bench/run.py --op gated_delta_rule")
+    assert "python bench/run.py --op gated_delta_rule" in document["command"]
     assert document["machine"]["versions"]["torch"] == torch.__version__ and document["machine"]["cpu"]["cores"] >= 1
     (row,) = document["rows"]
     ours = tables.ours(row)
