@@ -10,7 +10,7 @@ Chunk form, C rows at a time, S0 the state before them, G the inclusive cumulati
     S1 = e^{G_C} S0 + Kᵀ (e^{G_C−G} Vn)
 
 Kernels:
-    l2norm    rows of q or k divided by sqrt(Σx² + 1e-6), stored in the input dtype
+    l2norm    rows of q or k divided by sqrt(Σx² + 1e-6), stored in the input dtype, and what they were multiplied by
     prepare   per chunk and value head: G, T, U, W. The only stage that knows the kind of gate; the backward runs it
               again with T known, and then also gets AᵀdO from it
     scan      per sequence, value head and block of value columns, chunk after chunk: stores S0 and Vn = U − W S0,
@@ -54,7 +54,7 @@ from memattn.kernels.tiles import (
 OPERANDS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 16, torch.float16: 16}  # -> configuration
 L2NORM_EPS = tl.constexpr(1e-6)
 SIZES = [  # run-time numbers: never compiled in, whatever their value
-    "N", "T", "H", "HV", "tokens", "rows", "group", "every",
+    "N", "T", "H", "HV", "tokens", "rows", "group", "every", "blocks",
     "packed", "has_g", "has_beta", "has_start", "save", "solved", "final", "normalised",
 ]  # fmt: skip
 
@@ -66,18 +66,22 @@ def l2norm_rows(x):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def l2norm_kernel(x, y, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
+def l2norm_kernel(
+    x, y, inverse, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R
     i = tl.arange(0, BLOCK_R)
     live = i < rows - row
     tile = load_tile(x + row * K, i, live, K, 0, K, BLOCK_K).to(ACC)
-    store_tile(y + row * K, tile * l2norm_rows(tile)[:, None], i, live, K, 0, K, BLOCK_K)
+    factor = l2norm_rows(tile)
+    tl.store(inverse + row + i, factor, mask=live)
+    store_tile(y + row * K, tile * factor[:, None], i, live, K, 0, K, BLOCK_K)
 
 
 @triton.jit
-def load_beta(beta, i, rows, stride, has_beta, ACC: tl.constexpr):
-    """β of the rows of a chunk; 1 where there is no beta (has_beta is 0 or 1)."""
-    return load_column(beta, i, i < rows * has_beta, stride, ACC) + (1 - has_beta)
+def load_factor(base, i, rows, stride, given, ACC: tl.constexpr):
+    """One factor per row of a chunk (β, 1/norm); 1 where there are none (given is 0 or 1)."""
+    return load_column(base, i, i < rows * given, stride, ACC) + (1 - given)
 
 
 @triton.jit
@@ -126,7 +130,7 @@ def prepare_kernel(
 
     total_here = tl.cumsum(load_column(g + row_v, i, i < rows * has_g, HV, ACC), 0)
     tl.store(total + row_v + i * HV, total_here, mask=live)
-    strength = load_beta(beta + row_v, i, rows, HV, has_beta, ACC)
+    strength = load_factor(beta + row_v, i, rows, HV, has_beta, ACC)
     if solved == 0:
         below = (i[:, None] > i[None, :]) & live[:, None]
         L = pair_products(keys, keys, i, live, stride_k, K, C, BLOCK_K, ACC, PRECISION) * strength[:, None]
@@ -300,12 +304,14 @@ def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def l2norm(x: Tensor, p: Problem) -> Tensor:
-    """Rows of x [B,T,H,K] divided by their norm."""
-    y, rows = torch.empty_like(x), p.tokens * p.H
+def l2norm(x: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
+    """Rows of x [B,T,H,K] divided by their norm; 1 / norm [B·T,H]."""
+    y, inverse, rows = torch.empty_like(x), new(x, p.tokens, p.H, dtype=p.acc), p.tokens * p.H
     options = config.pinned("l2norm", OPERANDS[x.dtype], p.K, p.K)
-    l2norm_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](x, y, rows, K=p.K, ACC=config.TYPES[p.acc], **options)
-    return y
+    l2norm_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](
+        x, y, inverse, rows, K=p.K, ACC=config.TYPES[p.acc], **options
+    )  # fmt: skip
+    return y, inverse
 
 
 def prepare(p: Problem, k, v, g, beta, solve, q=None, do=None, scale=1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -339,12 +345,12 @@ def scan(p: Problem, k, u, w, total, start, states, final_state, group: int, eve
 
 
 def output(p: Problem, q, k, vn, h, total, scale: float) -> Tensor:
-    o = torch.empty_like(vn)
+    """O, written over vn: a program reads no values but those it replaces."""
     options = p.launch("output", OPERANDS[q.dtype])
     output_kernel[(p.slots() * p.HV * triton.cdiv(p.V, options["BLOCK_V"]),)](
-        q, k, vn, h, total, p.cu_seqlens, o, scale, *p.sizes, p.packed, **options
+        q, k, vn, h, total, p.cu_seqlens, vn, scale, *p.sizes, p.packed, **options
     )
-    return o
+    return vn
 
 
 def forward(
@@ -362,11 +368,11 @@ def forward(
         if save and (p.packed or not p.tokens):  # slots that no chunk owns are results too: finite, not leftovers
             states.zero_()
         if p.tokens:
-            keys = l2norm(k, p) if qk_l2norm else k
+            keys = l2norm(k, p)[0] if qk_l2norm else k
             total, u, w, _ = prepare(p, keys, v, g, beta, solve)
             h = scan(p, keys, u, w, total, initial_state, states, final_state, p.every(p.T), every)
-            del w  # before the normalised q and o are allocated
-            o = output(p, l2norm(q, p) if qk_l2norm else q, keys, u, h, total, scale)
+            del w  # before the normalised q is allocated
+            o = output(p, l2norm(q, p)[0] if qk_l2norm else q, keys, u, h, total, scale)
         else:
             o = torch.empty_like(v)
             if solve is not None:

@@ -4,23 +4,26 @@ Given dO and, per chunk, the gradient dS1 of the state after it (q times scale, 
     dVn = AᵀdO + e^{G_C−G} (K dS1)        dX = TᵀdVn          A = tril((q_i·k_j) e^{G_i−G_j}), X = β(V − e^G K S0)
     dS0 = e^{G_C} dS1 + Qᵀ(e^G dO) − WᵀdVn                    dV = β dX
     M1 = tril(dO Vnᵀ) e^{G_i−G_j}         M2 = −stril(dX Vnᵀ) e^{G_i−G_j}
-    dq  = e^G (dO S0ᵀ) + M1 K             P = e^G (dX S0ᵀ)
-    dk  = a + b,    a = βM2 K − βP,       b = M1ᵀQ + (βM2)ᵀK + e^{G_C−G} (Vn dS1ᵀ)
-    dβ_i = dX_i·V_i + k_i·(M2 K − P)_i
-    dG_i = q_i·dq_i + k_i·a_i − k_i·b_i,  on the last row also Σ_i k_i·(e^{G_C−G_i} Vn_i dS1ᵀ) + e^{G_C}⟨S0, dS1⟩
-    dg   = reverse cumulative sum of dG inside the chunk
+    dq  = e^G (dO S0ᵀ) + M1 K             P = e^G (dX S0ᵀ)          R = e^{G_C−G} (Vn dS1ᵀ)
+    dk  = R − βP + M1ᵀQ + βM2 K + (βM2)ᵀK
+    dβ_i = dX_i·V_i + Σ_j M2_ij (k_i·k_j) − k_i·P_i
+    dg_m = Σ_{i≥m} (q_i·e^{G_i} dO_i S0ᵀ − β_i k_i·P_i) + Σ_{j<m} k_j·R_j + e^{G_C}⟨S0, dS1⟩ + Σ_{j<m≤i} D_ij
+           D_ij = M1_ij (q_i·k_j) + β_i M2_ij (k_i·k_j)
 No gradient of the inverse is needed: Vn = T X gives dX = TᵀdVn and dL = −dX Vnᵀ.
 
 Kernels, after l2norm, prepare (T known; adds AᵀdO) and scan (from the saved states, one program per group of chunks):
     reverse    per sequence, value head and block of value columns, from the last chunk to the first: stores dS1, dX
-               and dV; ends with the gradient of the initial state
-    pairs      per chunk and value head: scale M1, M2, dX_i·V_i
-    gradient   per chunk, value head and block of key columns: dq, dk per value head, dg, dβ (partial sums over blocks)
+               and dV, and ⟨S0, dS1⟩; ends with the gradient of the initial state
+    pairs      per chunk and value head: scale M1, M2, and the terms of dg and dβ without a product with a state
+    gradient   per chunk, value head and block of key columns: dq, dk per value head, the other terms of dg and dβ
     reduce     dq, dk summed over the value heads of a key head in a fixed order, then the chain rule of l2norm
 
-Numerics: a transposed 16-bit copy of a fresh product is miscompiled as an operand by some Triton versions on Hopper, so
-    Aᵀ is computed as such and M1, M2 pass through memory. k·a and k·b see the same rounded βM2: in the reverse
-    cumulative sum the two ends of a pair cancel exactly when both lie after the token. No atomics anywhere.
+Numerics: dg is written as sums over the pairs that a token's gate stands between. Differences of row and column sums,
+    the shorter form, lose digits: what a gate does not touch would have to cancel. ⟨S0, dS1⟩ is taken before either is
+    rounded, which is why scan also saves S0 of every chunk in the accumulation type; what multiplies q and k into dg
+    and dβ takes them before l2norm rounds them. A transposed 16-bit copy of a
+    fresh product is miscompiled as an operand by some Triton versions on Hopper, so Aᵀ is computed as such and M1, M2
+    pass through memory. Partial sums of dg and dβ are added in a fixed order; no atomics anywhere.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ from memattn.kernels.gated_delta_rule import (
     Problem,
     l2norm,
     l2norm_rows,
-    load_beta,
+    load_factor,
     new,
+    pair_products,
     prepare,
     scan,
 )
@@ -57,12 +61,15 @@ from memattn.kernels.tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def reverse_kernel(
-    q, k, w, do, beta, total, solve, dfinal_state, cu_seqlens, dx, dv, dh, dinitial_state, scale,
+    q, k, w, do, beta, total, solve, states, dfinal_state, cu_seqlens, dx, dv, dh, terms, dinitial_state, scale,
     N, T, H, HV, packed, has_beta, has_start, final,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx holds AᵀdO on entry and dX on return; dh [slots,HV,K,V] receives dS1 of every chunk."""
+    """dx holds AᵀdO on entry and dX on return; dh [slots,HV,K,V] receives dS1 of every chunk.
+
+    terms [slots,HV,blocks of value columns] receives ⟨S0, dS1⟩, from states (S0 of every chunk) in full precision.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column = (program % blocks).to(tl.int32) * BLOCK_V
@@ -86,6 +93,8 @@ def reverse_kernel(
         row_v = row * HV + head
         key_row = (row * H + head // (HV // H)) * K
         tl.store(dh + (here + c) * HV * K * V + place, dS.to(dh.dtype.element_ty), mask=inside)
+        S = tl.load(states + (here + c) * HV * K * V + place, mask=inside, other=0.0)
+        tl.store(terms + ((here + c) * HV + head) * blocks + program % blocks, tl.sum(S * dS))
 
         G = load_column(total + row_v, i, live, HV, ACC)
         G_last = tl.load(total + row_v + (tl.minimum(rows, C) - 1) * HV).to(ACC)
@@ -96,7 +105,7 @@ def reverse_kernel(
 
         X = tl.load(solve + ((here + c) * HV + head) * C * C + i[None, :] * C + i[:, None]).to(keys.dtype)  # Tᵀ
         dX = dot(X, dvn, tl.zeros((C, BLOCK_V), ACC), PRECISION)
-        strength = load_beta(beta + row_v, i, rows, HV, has_beta, ACC)
+        strength = load_factor(beta + row_v, i, rows, HV, has_beta, ACC)
         store_tile(dx + row_v * V, dX, i, live, HV * V, column, V, BLOCK_V)
         store_tile(dv + row_v * V, dX * strength[:, None], i, live, HV * V, column, V, BLOCK_V)
 
@@ -110,16 +119,20 @@ def reverse_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
-    v, vn, dx, do, total, cu_seqlens, m1, m2, dbeta, scale, N, T, HV, packed,
-    V: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, inverse_q, inverse_k, v, beta, total, vn, dx, do, terms, cu_seqlens, m1, m2, dg, dbeta, scale,
+    N, T, H, HV, blocks, packed, has_beta, normalised,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale · M1 and M2 of every chunk [slots,HV,C,C], and dX_i·V_i, what β receives without reading the keys."""
+    """scale · M1 and M2 of every chunk [slots,HV,C,C], and what g and β receive without a product with a state."""
     program = tl.program_id(0).to(tl.int64)
     slot, head = program // HV, program % HV
     row, rows = locate_chunk(slot, cu_seqlens, N, T, C, packed)
     i = tl.arange(0, C)
     live = i < rows
     row_v = row * HV + head
+    row_k = row * H + head // (HV // H)
+    keys, queries = k + row_k * K, q + row_k * K
 
     dA, dL, dstrength = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC), tl.zeros((C,), ACC)
     for start in range(0, V, BLOCK_V):
@@ -132,16 +145,31 @@ def pairs_kernel(
         dstrength += tl.sum(dX.to(ACC) * inputs.to(ACC), 1)
     G = load_column(total + row_v, i, live, HV, ACC)
     decay = pair_decay(G[:, None], G[None, :], (i[:, None] >= i[None, :]) & live[:, None])
+    M1 = dA * (tl.full((), scale, ACC) * decay)
     M2 = tl.where(i[:, None] > i[None, :], -dL * decay, 0.0)
-    store_tile(m1 + program * C * C, dA * (tl.full((), scale, ACC) * decay), i, i < C, C, 0, C, C)
+    store_tile(m1 + program * C * C, M1, i, i < C, C, 0, C, C)
     store_tile(m2 + program * C * C, M2, i, i < C, C, 0, C, C)
-    tl.store(dbeta + row_v + i * HV, dstrength, mask=live)
+
+    factor_k = load_factor(inverse_k + row_k, i, rows, H, normalised, ACC)
+    factor_q = load_factor(inverse_q + row_k, i, rows, H, normalised, ACC)
+    M1 *= factor_q[:, None] * factor_k[None, :]
+    M2 *= factor_k[:, None] * factor_k[None, :]
+    M2 *= pair_products(keys, keys, i, live, H * K, K, C, BLOCK_K, ACC, PRECISION)
+    tl.store(dbeta + row_v + i * HV, dstrength + tl.sum(M2, 1), mask=live)
+    D = M2 * load_factor(beta + row_v, i, rows, HV, has_beta, ACC)[:, None]
+    D += M1 * pair_products(queries, keys, i, live, H * K, K, C, BLOCK_K, ACC, PRECISION)
+    D = tl.where(i[:, None] >= i[None, :], tl.cumsum(D, 1) - D, 0.0)  # row i, column m: Σ over j < m ≤ i
+    state_term = tl.zeros((), ACC)
+    for block in range(blocks):
+        state_term += tl.load(terms + program * blocks + block, mask=rows > 0, other=0.0)
+    G_last = tl.load(total + row_v + (tl.minimum(rows, C) - 1) * HV, mask=rows > 0, other=0.0).to(ACC)
+    tl.store(dg + row_v + i * HV, tl.sum(D, 0) + tl.exp(G_last) * state_term, mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    q, k, beta, total, vn, dx, do, h, dh, m1, m2, cu_seqlens, dq, dk, dg, dbeta, scale,
-    N, T, H, HV, tokens, packed, has_beta,
+    q, k, inverse_q, inverse_k, beta, total, vn, dx, do, h, dh, m1, m2, cu_seqlens, dq, dk, dg, dbeta, scale,
+    N, T, H, HV, tokens, packed, has_beta, normalised,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,11 +182,10 @@ def gradient_kernel(
     i, d = tl.arange(0, C), column + tl.arange(0, BLOCK_K)
     live = i < rows
     row_v = row * HV + head
-    row_k = (row * H + head // (HV // H)) * K
+    row_k = row * H + head // (HV // H)
     states = (slot * HV + head) * K * V
 
-    dQ, P, b = tl.zeros((C, BLOCK_K), ACC), tl.zeros((C, BLOCK_K), ACC), tl.zeros((C, BLOCK_K), ACC)
-    state_term = tl.zeros((BLOCK_K,), ACC)  # ⟨S0, dS1⟩ per key column
+    dQ, P, dK = tl.zeros((C, BLOCK_K), ACC), tl.zeros((C, BLOCK_K), ACC), tl.zeros((C, BLOCK_K), ACC)
     for start in range(0, V, BLOCK_V):
         S = load_tile(h + states, d, d < K, V, start, V, BLOCK_V)
         dO = load_tile(do + row_v * V, i, live, HV * V, start, V, BLOCK_V)
@@ -167,35 +194,36 @@ def gradient_kernel(
         P = dot(dX, tl.trans(S), P, PRECISION)
         dS = load_tile(dh + states, d, d < K, V, start, V, BLOCK_V)
         values = load_tile(vn + row_v * V, i, live, HV * V, start, V, BLOCK_V)
-        b = dot(values, tl.trans(dS), b, PRECISION)
-        state_term += tl.sum(S.to(ACC) * dS.to(ACC), 1)
+        dK = dot(values, tl.trans(dS), dK, PRECISION)
 
     G = load_column(total + row_v, i, live, HV, ACC)
-    last = tl.minimum(rows, C) - 1
-    G_last = tl.load(total + row_v + last * HV, mask=rows > 0, other=0.0).to(ACC)
-    keys = load_tile(k + row_k, i, live, H * K, column, K, BLOCK_K)
-    queries = load_tile(q + row_k, i, live, H * K, column, K, BLOCK_K)
-    M1 = load_tile(m1 + (slot * HV + head) * C * C, i, i < C, C, 0, C, C)
-    M2 = load_tile(m2 + (slot * HV + head) * C * C, i, i < C, C, 0, C, C)
+    G_last = tl.load(total + row_v + (tl.minimum(rows, C) - 1) * HV, mask=rows > 0, other=0.0).to(ACC)
+    strength = load_factor(beta + row_v, i, rows, HV, has_beta, ACC)
+    factor_k = load_factor(inverse_k + row_k, i, rows, H, normalised, ACC)
+    factor_q = load_factor(inverse_q + row_k, i, rows, H, normalised, ACC)
+    keys = load_tile(k + row_k * K, i, live, H * K, column, K, BLOCK_K)
+    queries = load_tile(q + row_k * K, i, live, H * K, column, K, BLOCK_K)
 
-    dQ = dot(M1, keys, dQ * (tl.full((), scale, ACC) * tl.exp(G))[:, None], PRECISION)
-    store_tile(dq + row_v * K, dQ, i, live, HV * K, column, K, BLOCK_K)
-    dG = tl.sum(queries.to(ACC) * dQ, 1)
-
+    dQ *= (tl.full((), scale, ACC) * tl.exp(G))[:, None]
     P *= tl.exp(G)[:, None]
-    Y = dot(M2, keys, -P, PRECISION)
-    tl.store(dbeta + block * tokens * HV + row_v + i * HV, tl.sum(keys.to(ACC) * Y, 1), mask=live)
-    strength = load_beta(beta + row_v, i, rows, HV, has_beta, ACC)
-    M2 = (M2 * strength[:, None]).to(keys.dtype)
-    a = dot(M2, keys, P * -strength[:, None], PRECISION)
+    dK *= tl.exp(tl.where(live, G_last - G, 0.0))[:, None]
+    read = tl.sum(queries.to(ACC) * dQ, 1) * factor_q
+    erased, written = tl.sum(keys.to(ACC) * P, 1) * factor_k, tl.sum(keys.to(ACC) * dK, 1) * factor_k
+    part = block * tokens * HV + row_v + i * HV
+    tl.store(dbeta + part, -erased, mask=live)
+    dG = tl.cumsum(read - strength * erased, 0, reverse=True) + tl.cumsum(written, 0) - written
+    tl.store(dg + part, dG, mask=live)
 
-    b *= tl.exp(tl.where(live, G_last - G, 0.0))[:, None]
-    dG_last = tl.sum(keys.to(ACC) * b) + tl.exp(G_last) * tl.sum(state_term)
-    b = dot(tl.trans(M1), queries, b, PRECISION)
-    b = dot(tl.trans(M2), keys, b, PRECISION)
-    store_tile(dk + row_v * K, a + b, i, live, HV * K, column, K, BLOCK_K)
-    dG += tl.sum(keys.to(ACC) * (a - b), 1) + tl.where(i == last, dG_last, 0.0)
-    tl.store(dg + block * tokens * HV + row_v + i * HV, tl.cumsum(dG, 0, reverse=True), mask=live)
+    keys = (keys.to(ACC) * factor_k[:, None]).to(keys.dtype)
+    queries = (queries.to(ACC) * factor_q[:, None]).to(queries.dtype)
+    M1 = load_tile(m1 + (slot * HV + head) * C * C, i, i < C, C, 0, C, C)
+    dQ = dot(M1, keys, dQ, PRECISION)
+    store_tile(dq + row_v * K, dQ, i, live, HV * K, column, K, BLOCK_K)
+    M2 = load_tile(m2 + (slot * HV + head) * C * C, i, i < C, C, 0, C, C)
+    M2 = (M2 * strength[:, None]).to(keys.dtype)
+    dK = dot(tl.trans(M1), queries, dK - P * strength[:, None], PRECISION)
+    dK = dot(tl.trans(M2), keys, dot(M2, keys, dK, PRECISION), PRECISION)
+    store_tile(dk + row_v * K, dK, i, live, HV * K, column, K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -220,33 +248,45 @@ def reduce_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def reverse(p: Problem, q, k, w, do, beta, total, solve, dfinal_state, dvn, dinitial_state, scale: float):
-    """dS1 of every chunk and dV; turns dvn from AᵀdO into dX."""
-    dh, dv = new(q, p.slots(), *p.state_shape), torch.empty_like(do)
+def reverse(p: Problem, q, k, w, do, beta, total, solve, states, dfinal_state, dvn, dinitial_state, scale: float):
+    """dS1 of every chunk, its products with `states`, and dV; turns dvn from AᵀdO into dX."""
     options = p.launch("reverse", OPERANDS[q.dtype])
-    reverse_kernel[(p.N * p.HV * triton.cdiv(p.V, options["BLOCK_V"]),)](
-        q, k, w, do, total if beta is None else beta, total, solve, total if dfinal_state is None else dfinal_state,
-        p.cu_seqlens, dvn, dv, dh, total if dinitial_state is None else dinitial_state, scale,
+    blocks = triton.cdiv(p.V, options["BLOCK_V"])
+    dh, dv = new(q, p.slots(), *p.state_shape), torch.empty_like(do)
+    terms = new(q, p.slots(), p.HV, blocks, dtype=p.acc)
+    reverse_kernel[(p.N * p.HV * blocks,)](
+        q, k, w, do, total if beta is None else beta, total, solve, states,
+        total if dfinal_state is None else dfinal_state, p.cu_seqlens, dvn, dv, dh, terms,
+        total if dinitial_state is None else dinitial_state, scale,
         *p.sizes, p.packed, int(beta is not None), int(dfinal_state is not None), int(dinitial_state is not None),
         **options,
     )  # fmt: skip
-    return dh, dv
+    return dh, dv, terms
 
 
-def gradient(p: Problem, q, k, v, beta, total, vn, dx, do, h, dh, scale: float):
-    """dq, dk per value head [B*T,HV,K]; dg, dbeta [B,T,HV], all in the accumulation dtype."""
-    m1, m2 = (new(q, p.slots(), p.HV, p.C, p.C) for _ in range(2))
-    options = p.launch("gradient", OPERANDS[q.dtype])
-    blocks = triton.cdiv(p.K, options["BLOCK_K"])
-    dq, dk = (new(q, p.tokens, p.HV, p.K, dtype=p.acc) for _ in range(2))
-    dg, dbeta = (new(q, blocks + extra, *v.shape[:3], dtype=p.acc) for extra in (0, 1))
+def pairs(p: Problem, rows, v, beta, total, vn, dx, do, terms, dg, dbeta, scale: float) -> tuple[Tensor, Tensor]:
+    """scale M1, M2; into dg and dbeta [B,T,HV] the terms that need nothing else. rows: see gradient."""
+    m1, m2 = (new(v, p.slots(), p.HV, p.C, p.C) for _ in range(2))
     pairs_kernel[(p.slots() * p.HV,)](
-        v, vn, dx, do, total, p.cu_seqlens, m1, m2, dbeta[blocks], scale, p.N, p.T, p.HV, p.packed,
-        **p.launch("pairs", OPERANDS[q.dtype]),
+        *rows[:4], v, total if beta is None else beta, total, vn, dx, do, terms, p.cu_seqlens, m1, m2, dg, dbeta, scale,
+        *p.sizes, terms.shape[2], p.packed, int(beta is not None), rows[4], **p.launch("pairs", OPERANDS[v.dtype]),
     )  # fmt: skip
+    return m1, m2
+
+
+def gradient(p: Problem, rows, v, beta, total, vn, dx, do, h, dh, terms, scale: float):
+    """dq, dk per value head [B*T,HV,K]; dg, dbeta [B,T,HV], all in the accumulation dtype.
+
+    rows: q, k as the op got them, 1 / norm of theirs [B·T,H], and whether to multiply by that.
+    """
+    options = p.launch("gradient", OPERANDS[v.dtype])
+    blocks = triton.cdiv(p.K, options["BLOCK_K"])
+    dq, dk = (new(v, p.tokens, p.HV, p.K, dtype=p.acc) for _ in range(2))
+    dg, dbeta = (new(v, blocks + 1, *v.shape[:3], dtype=p.acc) for _ in range(2))
+    m1, m2 = pairs(p, rows, v, beta, total, vn, dx, do, terms, dg[blocks], dbeta[blocks], scale)
     gradient_kernel[(p.slots() * p.HV * blocks,)](
-        q, k, total if beta is None else beta, total, vn, dx, do, h, dh, m1, m2, p.cu_seqlens, dq, dk, dg, dbeta, scale,
-        *p.sizes, p.tokens, p.packed, int(beta is not None), **options,
+        *rows[:4], total if beta is None else beta, total, vn, dx, do, h, dh, m1, m2, p.cu_seqlens,
+        dq, dk, dg, dbeta, scale, *p.sizes, p.tokens, p.packed, int(beta is not None), rows[4], **options,
     )  # fmt: skip
     return dq, dk, dg.sum(0), dbeta.sum(0)
 
@@ -280,11 +320,15 @@ def backward(
                 dinitial.zero_() if dfinal_state is None else dinitial.copy_(dfinal_state)
             grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, g, beta)]
             return tuple(new(q, 0) if x is None else x for x in (*grads, dinitial))
-        queries, keys = (l2norm(q, p), l2norm(k, p)) if qk_l2norm else (q, k)
+        (queries, inverse_q), (keys, inverse_k) = (l2norm(x, p) if qk_l2norm else (x, None) for x in (q, k))
         total, vn, w, dx = prepare(p, keys, v, g, beta, solve, queries, do, scale)
-        h = scan(p, keys, vn, w, total, states, None, None, every, every)
-        dh, dv = reverse(p, queries, keys, w, do, beta, total, solve, dfinal_state, dx, dinitial, scale)
-        dq, dk, dg, dbeta = gradient(p, queries, keys, v, beta, total, vn, dx, do, h, dh, scale)
+        before = None if q.dtype == p.acc else new(q, p.slots(), *p.state_shape, dtype=p.acc)
+        h = scan(p, keys, vn, w, total, states, before, None, every, 1)
+        before = h if before is None else before
+        dh, dv, terms = reverse(p, queries, keys, w, do, beta, total, solve, before, dfinal_state, dx, dinitial, scale)
+        del before, w, queries, keys
+        rows = q, k, *(total if x is None else x for x in (inverse_q, inverse_k)), int(qk_l2norm)
+        dq, dk, dg, dbeta = gradient(p, rows, v, beta, total, vn, dx, do, h, dh, terms, scale)
         dq, dk = reduce(p, dq, q, qk_l2norm), reduce(p, dk, k, qk_l2norm)
         dbeta = None if beta is None else dbeta.to(beta.dtype)
         return tuple(new(q, 0) if x is None else x for x in (dq, dk, dv, None if g is None else dg, dbeta, dinitial))
