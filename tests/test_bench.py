@@ -16,6 +16,7 @@ from bench import fresh, machine, registry, report, roofline, run, tables  # noq
 from bench.compare import Candidate, Gate, Race  # noqa: E402
 from bench.contest import Choice, contests  # noqa: E402
 from bench.ops import gated_delta_rule as entry  # noqa: E402
+from bench.ops import linear_attention as linear  # noqa: E402
 from bench.registry import Work  # noqa: E402
 from memattn.reference import gated_delta_rule as reference  # noqa: E402
 
@@ -117,6 +118,34 @@ def test_flops_scale_with_batch_and_heads_and_take_the_cheapest_chunk():
     case = replace(TINY, batch=3, value_heads=2, length=70)
     counts = [entry.sequence_flops(70, TINY.key_dim, TINY.value_dim, False, c) for c in (16, 32, 64)]
     assert entry.work(case, "fwd", torch.float32).flops == 6 * min(counts)
+
+
+def test_flops_of_linear_attention_are_those_of_a_right_algorithm():
+    case = linear.LinearCase("tiny", length=11, heads=1, value_heads=1, key_dim=5, value_dim=3, scale=1.0)
+    given = case.make(torch.float64)
+    leaves = [given[n].requires_grad_() for n in ("q", "k", "v", "initial_state")]
+    q, k, v, S0 = (x.detach().squeeze().numpy() for x in leaves)
+    generator = np.random.default_rng(0)
+    do, dS1 = generator.normal(size=v.shape), generator.normal(size=S0.shape)
+    G, full, dot = np.cumsum(given["g"].squeeze().numpy()), np.tril(np.ones((11, 11), bool)), Counter()
+    decay = np.where(full, np.exp(np.where(full, G[:, None] - G[None], 0)), 0)
+    eG, to_end = np.exp(G)[:, None], np.exp(G[-1] - G)[:, None]
+    A = dot(q, k.T, out=full) * decay
+    o = eG * dot(q, S0) + dot(A, v, left=full)
+    S1 = np.exp(G[-1]) * S0 + dot(k.T, to_end * v)
+    assert dot.flops == linear.chunk_flops(11, 5, 3, False)
+    dS0 = np.exp(G[-1]) * dS1 + dot((eG * q).T, do)
+    M = dot(do, v.T, out=full) * decay
+    dq = eG * dot(do, S0.T) + dot(M, k, left=full)
+    dk = dot(M.T, q, left=full.T) + to_end * dot(v, dS1.T)
+    dv = dot(A.T, do, left=full.T) + to_end * dot(k, dS1)
+    assert dot.flops == linear.chunk_flops(11, 5, 3, True)
+    del given["normalize"]
+    expected = linear.reference.loop(**given, output_final_state=True)
+    loss = sum((x.squeeze() * torch.from_numpy(y)).sum() for x, y in zip(expected, (do, dS1), strict=True))
+    truth = [*expected, *torch.autograd.grad(loss, leaves)]
+    for ours, theirs in zip((o, S1, dq, dk, dv, dS0), truth, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().squeeze().numpy(), rtol=1e-9, atol=1e-11)
 
 
 def nbytes(tensors):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.cases import BASE
 from support.compare import CEILING, assert_close_to_truth, evaluate, relative_error, to_float64
+from support.linear import LinearCase, comparator, definition
 
 from memattn import _native
 from memattn.reference import gated_delta_rule as reference
@@ -34,6 +35,11 @@ CASES = (
 # float16 differs from float32 in its loads and stores only.
 PAIRS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16, torch.float64)]
 PAIRS.append((SMALL, torch.float16))
+LINEAR = (
+    LinearCase("linear", length=75, key_dim=40, value_dim=56, value_heads=4),
+    LinearCase("linear normalised", lengths=(33, 0, 1, 40), key_dim=32, value_dim=64, normalize=True),
+)
+LINEAR_PAIRS = [(case, dtype) for case in LINEAR for dtype in (torch.float32, torch.bfloat16, torch.float64)]
 LONG = replace(SMALL, name="long", batch=3, length=200, heads=1, value_heads=2, value_dim=96)
 SCRATCH_PER_THREAD = 2 << 20
 
@@ -85,6 +91,9 @@ def table(request, tmp_path_factory):
             jobs[case.name, dtype, chunk_size] = ("train", (inputs, chunk_size))
         if case.lengths is None:
             jobs[case.name, dtype, "decode"] = ("decode", (inputs,))
+    for case, dtype in LINEAR_PAIRS:
+        if dtype != torch.float64 or request.param == "portable":
+            jobs[case.name, dtype] = ("train_linear", (case.make(dtype), 16))
     for dtype in (torch.float32, torch.bfloat16):
         inputs, every_row = LONG.make(dtype), list(range(LONG.batch))
         generator = torch.Generator().manual_seed(2)
@@ -108,6 +117,19 @@ def test_table_within_tolerance_of_truth(table, case, dtype):
         pytest.skip("float64 has the portable table only")
     for kind, actual in runs.items():
         (check_decoding if kind == "decode" else check_training)(case, dtype, actual)
+
+
+def check_linear(case, dtype, actual):
+    inputs = case.make(dtype)
+    truth = evaluate(definition, to_float64(inputs))
+    assert_close_to_truth(actual, evaluate(comparator(dtype), inputs), truth, CEILING[dtype])
+
+
+@pytest.mark.parametrize("case,dtype", LINEAR_PAIRS, ids=lambda x: getattr(x, "name", str(x)))
+def test_table_of_linear_attention_within_tolerance(table, case, dtype):
+    if (case.name, dtype) not in table:
+        pytest.skip("float64 has the portable table only")
+    check_linear(case, dtype, table[case.name, dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -158,7 +180,8 @@ def emulated_amx(tmp_path_factory):
     flags += [f"-isystem{include / 'torch/csrc/api/include'}"]
     flags += [f'-DMEMATTN_AMX_EMULATION="{ROOT / "tests/support/amx_emulation.h"}"']
     cpu = ROOT / "csrc" / "cpu"
-    sources = [cpu / "gated_delta_rule.cpp", cpu / "gated_delta_rule_backward.cpp", cpu / "isa/portable.cpp"]
+    engine = ("gated_delta_rule", "gated_delta_rule_backward", "gated_delta_rule_step", "linear_attention")
+    sources = [*(cpu / f"{name}.cpp" for name in engine), cpu / "isa/portable.cpp"]
     sources += [cpu / "isa/amx.cpp", ROOT / "tests/support/amx_select.cpp"]
     running = [
         subprocess.Popen([compiler, *flags, "-c", str(s), "-o", str(folder / f"{s.stem}.o")], stderr=subprocess.PIPE)
@@ -176,6 +199,7 @@ def emulated_amx(tmp_path_factory):
 def test_amx_table_in_software(emulated_amx, tmp_path):
     dtype = torch.bfloat16
     jobs = [("train", (expected(case, dtype)[0], chunk)) for case, chunk in zip(CASES, (16, 32, 64), strict=True)]
+    jobs += [("train_linear", (case.make(dtype), 32)) for case in LINEAR]
     _, results = run_jobs(tmp_path, jobs, library=emulated_amx)
-    for case, actual in zip(CASES, results, strict=True):
-        check_training(case, dtype, actual)
+    for case, actual in zip((*CASES, *LINEAR), results, strict=True):
+        (check_training if case in CASES else check_linear)(case, dtype, actual)

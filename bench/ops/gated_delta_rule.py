@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from memattn.reference import gated_delta_rule as reference
 
 CHUNK_SIZES = (16, 32, 64)
 PIECE = 2048  # tokens per call of the float64 reference, so that its scratch stays small
-GRADIENTS = ("q", "k", "v", "g", "beta", "initial_state")
+TOKENS = ("q", "k", "v", "g", "beta")  # tensors with one row per token
+GRADIENTS = (*TOKENS, "initial_state")
 NAMES = {"fwd": "gated_delta_rule", "fwdbwd": "gated_delta_rule", "step": "gated_delta_rule_step"}
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -96,9 +98,8 @@ def small(case: Case) -> Case:
 def inputs(case: Case, mode: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     """Arguments of one call. Cases longer than PIECE tokens repeat a drawn piece: drawing a billion numbers is slow."""
     drawn: Inputs = dict(replace(case, lengths=None, length=min(case.tokens, PIECE)).make(dtype, device, seed))
-    for name in ("q", "k", "v", "g", "beta"):
-        x = drawn[name]
-        if isinstance(x, Tensor) and case.tokens > PIECE:
+    for name in TOKENS:
+        if isinstance(x := drawn.get(name), Tensor) and x.dim() > 2 and case.tokens > PIECE:
             drawn[name] = x.repeat(1, -(-case.tokens // PIECE), *[1] * (x.dim() - 2))[:, : case.tokens].contiguous()
     if case.lengths is not None:
         drawn["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device=device)
@@ -107,8 +108,8 @@ def inputs(case: Case, mode: str, dtype: torch.dtype, device: str, seed: int) ->
         del drawn["cu_seqlens"]
     if mode == "fwdbwd":
         for name in GRADIENTS:
-            if isinstance(drawn[name], Tensor):
-                drawn[name].requires_grad_()
+            if isinstance(x := drawn.get(name), Tensor):
+                x.requires_grad_()
         noise = torch.Generator(device).manual_seed(seed + 1)
         drawn["do"] = torch.randn(drawn["v"].shape, generator=noise, device=device).to(dtype)
     return drawn
@@ -153,19 +154,21 @@ def truth(mode: str, given: Inputs) -> Results:
     if mode == "step":
         given = given | {"state": given["state"].clone()}
         return {"o": reference.step(**given), "state": given["state"]}
-    return (differentiated if mode == "fwdbwd" else forward_only)(_in_pieces, given)
+    forward = functools.partial(in_pieces, reference.chunked)
+    return (differentiated if mode == "fwdbwd" else forward_only)(forward, given)
 
 
-def _in_pieces(q, k, v, g, beta, *, initial_state, cu_seqlens, **options):
+def in_pieces(form, *, initial_state, cu_seqlens, **given):
+    """`form` applied to PIECE tokens at a time, the state handed on."""
+    tokens = {n: x for n in TOKENS if isinstance(x := given.get(n), Tensor) and x.dim() > 2}
+    rest = {n: x for n, x in given.items() if n not in tokens}
     outputs, state = [], None
-    bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = [0, given["q"].shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         state = initial_state if initial_state is None or cu_seqlens is None else initial_state[n : n + 1]
         for a in range(begin, end, PIECE):
-            piece = slice(a, min(a + PIECE, end))
-            gates = (None if x is None else x[:, piece] for x in (g, beta))
-            part = (x[:, piece] for x in (q, k, v))
-            o, state = reference.chunked(*part, *gates, initial_state=state, output_final_state=True, **options)
+            part = {n: x[:, a : min(a + PIECE, end)] for n, x in tokens.items()}
+            o, state = form(**part, **rest, initial_state=state, output_final_state=True)
             outputs.append(o)
     return torch.cat(outputs, 1), state
 

@@ -6,10 +6,9 @@
 //   O = scale e^G (Q S0) + A Vn
 //   S1 = e^{G_C} S0 + Kᵀ (e^{G_C-G} Vn)
 // This residual form needs no W = T (β e^G K): 3 products of C·K·V and 4 half products of C·C·max(K, V) per chunk.
-// Only differences of G are exponentiated, after masking; T is always computed in the accumulate type.
+// Only differences of G are exponentiated, after masking; T is always computed in the accumulate type. Linear attention
+// is the same without K S0, L and T: Vn = V.
 #include "gated_delta_rule_items.h"
-
-#include <tuple>
 
 namespace memattn::cpu {
 namespace {
@@ -17,7 +16,7 @@ namespace {
 constexpr const char* kOp = "gated_delta_rule_cpu";
 
 struct Outputs {
-  void* o;                             // like v
+  void *o, *denominator;               // like v; accumulate type [tokens, value_heads], or null
   void *final_state, *solve, *states;  // accumulate type, or null
 };
 
@@ -32,9 +31,9 @@ struct HeadBlock {
 
   HeadBlock(Arena& arena, const BlockSizes& s)
       : gates(arena, s),
-        solve(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        solve(arena.take<Acc>(s.if_erasing(int64_t{s.chunk} * s.ld_chunk))),
         attention(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
-        solve_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))),
+        solve_buffer(arena.take<E>(s.if_erasing(packed_size<E>(s.chunk, s.ld_chunk)))),
         attention_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
 };
 
@@ -62,10 +61,10 @@ struct ForwardTemporaries {
   ForwardTemporaries(Arena& arena, const BlockSizes& s)
       : transposed_keys(arena.take<E>(int64_t{s.key_dim} * s.ld_chunk)),
         decay(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
-        lower(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        lower(arena.take<Acc>(s.if_erasing(int64_t{s.chunk} * s.ld_chunk))),
         reads(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_value)),
         values(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
-        fresh(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
+        fresh(arena.take<Acc>(s.if_erasing(int64_t{s.chunk} * s.ld_value))),
         state_operand(arena.take<E>(packed_size<E>(s.key_dim, s.ld_value))),
         right(arena.take<E>(int64_t{s.chunk} * s.ld_value)),
         row_scale(arena.take<Acc>(s.chunk)) {}
@@ -113,7 +112,7 @@ class Forward {
   template <class Each>
   void process(const Item* items, int64_t count, Workspace& w, int64_t wave, int64_t threads, const Each& each) {
     const int64_t heads = count * heads_per_item_, most = most_chunks(items, count);
-    const ColumnBlocks blocks(s_, heads, threads);
+    const ColumnBlocks blocks(rule_, s_, heads, threads);
     const auto item_of = [&](int64_t head) -> const Item& { return items[head / heads_per_item_]; };
     const auto exists = [&](int64_t head) { return head % heads_per_item_ < item_of(head).value_heads; };
     each(heads, [&](int64_t head, int64_t) {
@@ -143,7 +142,7 @@ class Forward {
   int64_t state_size() const { return int64_t{s_.key_dim} * s_.ld_value; }
 
   int64_t state_row(const Item& item, int64_t head) const {
-    return (item.sequence * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
+    return (item.sequence * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.columns();
   }
 
   void start_state(const Item& item, int64_t head, Acc* state) const {
@@ -151,15 +150,15 @@ class Forward {
     const void* from = rule_.initial_state
                            ? offset(rule_.initial_state, element_of_accumulate<Acc>(), state_row(item, head))
                            : nullptr;
-    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, from, element_of_accumulate<Acc>(), rule_.value_dim,
-                   rows, rule_.value_dim);
+    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, from, element_of_accumulate<Acc>(), rule_.columns(),
+                   rows, rule_.columns());
   }
 
   void finish_state(const Item& item, int64_t head, const Acc* state) const {
     if (out_.final_state == nullptr) return;
     isa_.store_rows(offset(out_.final_state, element_of_accumulate<Acc>(), state_row(item, head)),
-                    element_of_accumulate<Acc>(), rule_.value_dim, state, s_.ld_value, nullptr, rule_.key_dim,
-                    rule_.value_dim);
+                    element_of_accumulate<Acc>(), rule_.columns(), state, s_.ld_value, nullptr, rule_.key_dim,
+                    rule_.columns());
   }
 
   void prepare(const Item& item, int64_t chunk, ChunkSlot<E>& slot, ForwardTemporaries<E>& t) const {
@@ -170,10 +169,14 @@ class Forward {
       GateBlock<Acc>& gates = head.gates;
       gates.prepare(rule_, isa_, slot.keys.first_token, slot.keys.rows, n, item.first_value_head + i);
       isa_.decay_matrix(t.decay, s_.ld_chunk, gates.high, gates.low, n);
-      isa_.chunk_scores(t.lower, head.attention, s_.ld_chunk, slot.keys.kk, slot.keys.qk, t.decay, gates.beta,
-                        Acc(rule_.scale), n);
-      isa_.unit_lower_inverse(head.solve, s_.ld_chunk, t.lower, s_.ld_chunk, n);
-      head.solve_left = as_left(isa_, head.solve_buffer, head.solve, s_.ld_chunk, n, n);
+      if (s_.erases) {
+        isa_.chunk_scores(t.lower, head.attention, s_.ld_chunk, slot.keys.kk, slot.keys.qk, t.decay, gates.beta,
+                          Acc(rule_.scale), n);
+        isa_.unit_lower_inverse(head.solve, s_.ld_chunk, t.lower, s_.ld_chunk, n);
+        head.solve_left = as_left(isa_, head.solve_buffer, head.solve, s_.ld_chunk, n, n);
+      } else {
+        isa_.causal_scores(head.attention, s_.ld_chunk, slot.keys.qk, t.decay, Acc(rule_.scale), n);
+      }
       head.attention_left = as_left(isa_, head.attention_buffer, head.attention, s_.ld_chunk, n, n);
       if (out_.solve) save_solve(item, chunk, i, head.solve, std::min(n, rule_.chunk_size));
     }
@@ -190,9 +193,9 @@ class Forward {
     const int64_t slot =
         rule_.sequences.slot(item.sequence, chunk / rule_.checkpoint_every, rule_.chunk_size * rule_.checkpoint_every);
     Acc* to = static_cast<Acc*>(out_.states) +
-              (slot * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.value_dim;
-    isa_.store_rows(to + begin, element_of_accumulate<Acc>(), rule_.value_dim, state + begin, s_.ld_value, nullptr,
-                    rule_.key_dim, std::min(end, rule_.value_dim) - begin);
+              (slot * rule_.value_heads + item.first_value_head + head) * rule_.key_dim * rule_.columns();
+    isa_.store_rows(to + begin, element_of_accumulate<Acc>(), rule_.columns(), state + begin, s_.ld_value, nullptr,
+                    rule_.key_dim, std::min(end, rule_.columns()) - begin);
   }
 
   // Columns begin..end of one chunk: reads S0, writes O and S1.
@@ -200,8 +203,7 @@ class Forward {
             ForwardTemporaries<E>& t, int begin, int end) const {
     const KeyBlock<E>& keys = slot.keys;
     const HeadBlock<E>& head = slot.heads[value_head];
-    const int n = keys.padded, width = end - begin, ld = s_.ld_value,
-              true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = keys.padded, width = end - begin, ld = s_.ld_value, first = keys.first_reader(s_);
     Acc* state = whole_state + begin;
     if (out_.states && chunk % rule_.checkpoint_every == 0)
       save_state(item, chunk, value_head, whole_state, begin, end);
@@ -210,29 +212,44 @@ class Forward {
     const Right<E> s0 = as_right(isa_, t.state_operand, state, ld, s_.key_dim, width);
     Acc *reads = t.reads, *outputs = t.reads + int64_t{n} * ld;
     ahead.fetch();
-    isa_.gemm(reads, ld, keys.kq_left, s0, 2 * n, width, s_.key_dim, 0, Part::full);
+    isa_.gemm(reads + int64_t{first} * ld, ld, rows_from(keys.kq_left, first), s0, 2 * n - first, width, s_.key_dim, 0,
+              Part::full);
 
-    const int64_t stride = rule_.value_heads * rule_.value_dim;
-    const int64_t at =
-        (keys.first_token * rule_.value_heads + item.first_value_head + value_head) * rule_.value_dim + begin;
-    isa_.load_rows(t.values, ld, n, width, offset(rule_.v, rule_.element, at), rule_.element, stride, keys.rows,
-                   true_width);
-    isa_.residual_rows(reads, ld, head.gates.from_start, t.values, ld, n, width);
-    isa_.pack_right(t.right, ld, reads, ld, head.gates.beta, n, width);
-    ahead.fetch();
-    isa_.gemm(t.fresh, ld, head.solve_left, {t.right, ld}, n, width, n, 0, Part::lower_a);
+    load_values(rule_, isa_, keys, item.first_value_head + value_head, t.values, ld, begin, width);
+    if (s_.erases) {
+      isa_.residual_rows(reads, ld, head.gates.from_start, t.values, ld, n, width);
+      isa_.pack_right(t.right, ld, reads, ld, head.gates.beta, n, width);
+      ahead.fetch();
+      isa_.gemm(t.fresh, ld, head.solve_left, {t.right, ld}, n, width, n, 0, Part::lower_a);
+    }
+    const Acc* fresh = s_.erases ? t.fresh : t.values;
 
     for (int i = 0; i < n; ++i) t.row_scale[i] = Acc(rule_.scale) * head.gates.from_start[i];
     isa_.scale_rows(outputs, ld, t.row_scale, n, width);
     ahead.fetch();
-    isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, t.fresh, ld, n, width), n, width, n, 1,
+    isa_.gemm(outputs, ld, head.attention_left, as_right(isa_, t.right, fresh, ld, n, width), n, width, n, 1,
               Part::lower_a);
-    isa_.store_rows(offset(out_.o, rule_.element, at), rule_.element, stride, outputs, ld, nullptr, keys.rows,
-                    true_width);
+    store_output(keys, item.first_value_head + value_head, outputs, t.row_scale, begin, width);
 
-    isa_.pack_right(t.right, ld, t.fresh, ld, head.gates.to_end, n, width);
+    isa_.pack_right(t.right, ld, fresh, ld, head.gates.to_end, n, width);
     ahead.fetch();
     isa_.gemm(state, ld, transposed(keys.kq_right), {t.right, ld}, s_.key_dim, width, n, head.gates.whole, Part::full);
+  }
+
+  // Columns of o, and the denominator with the block that holds it. An output that is divided has one block.
+  void store_output(const KeyBlock<E>& keys, int64_t value_head, const Acc* outputs, Acc* reciprocal, int begin,
+                    int width) const {
+    const int64_t row = keys.first_token * rule_.value_heads + value_head;
+    if (const int weight = weight_column(rule_, begin, width); weight >= 0) {
+      Acc* denominator = static_cast<Acc*>(out_.denominator) + row;
+      for (int i = 0; i < keys.rows; ++i) {
+        denominator[i * rule_.value_heads] = outputs[int64_t{i} * s_.ld_value + weight];
+        reciprocal[i] = reciprocal_or_zero(denominator[i * rule_.value_heads]);
+      }
+    }
+    isa_.store_rows(offset(out_.o, rule_.output_element, row * rule_.value_dim + begin), rule_.output_element,
+                    rule_.value_heads * rule_.value_dim, outputs, s_.ld_value, rule_.divides() ? reciprocal : nullptr,
+                    keys.rows, value_columns(rule_, begin, width));
   }
 
   // The value rows of this head, and with the first head the keys and queries of the item.
@@ -264,33 +281,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     int64_t chunk_size, int64_t checkpoint_every, bool output_final_state, bool save) {
   const DeltaRule rule =
       read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size, checkpoint_every);
+  const ForwardResults results = run_forward(rule, q, v, output_final_state, save);
+  return {results.o, results.final_state, results.solve, results.states};
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> empty_outputs(const DeltaRule& rule, const Tensor& v) {
+  const ScalarType state = state_dtype(v.scalar_type());
+  const std::vector<int64_t> rows{v.size(0), v.size(1), v.size(2)}, none{0};
+  const std::vector<int64_t> all{v.size(0), v.size(1), v.size(2), v.size(3)};
+  return {torch::stable::new_empty(v, all, rule.memory == Memory::sum_and_weight ? state : v.scalar_type()),
+          torch::stable::new_empty(v, rule.weighs() ? rows : none, state)};
+}
+
+ForwardResults run_forward(const DeltaRule& rule, const Tensor& q, const Tensor& v, bool output_final_state, bool save) {
   const SequenceLayout& sequences = rule.sequences;
-  const int64_t hv = rule.value_heads, c = rule.chunk_size;
+  const int64_t hv = rule.value_heads, c = rule.chunk_size, every = c * rule.checkpoint_every;
   const auto state_tensor = [&](bool wanted, std::initializer_list<int64_t> shape) {
     const std::vector<int64_t> sizes = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
     const bool zero = wanted && sequences.has_unused_slots();
     return zero ? torch::stable::new_zeros(q, sizes, state_dtype(q.scalar_type()))
                 : torch::stable::new_empty(q, sizes, state_dtype(q.scalar_type()));
   };
-  Tensor o = torch::stable::empty_like(v);
-  Tensor final_state = state_tensor(output_final_state, {sequences.count(), hv, rule.key_dim, rule.value_dim});
-  Tensor solve = state_tensor(save, {sequences.slots(c), hv, c, c});
-  Tensor states = state_tensor(save, {sequences.slots(c * checkpoint_every), hv, rule.key_dim, rule.value_dim});
+  const bool save_solve = save && rule.erases();
+  auto [o, denominator] = empty_outputs(rule, v);
+  Tensor final_state = state_tensor(output_final_state, {sequences.count(), hv, rule.key_dim, rule.columns()});
+  Tensor solve = state_tensor(save_solve, {sequences.slots(c), hv, c, c});
+  Tensor states = state_tensor(save, {sequences.slots(every), hv, rule.key_dim, rule.columns()});
 
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
-  const Outputs outputs{o.mutable_data_ptr(), data(final_state, output_final_state), data(solve, save),
+  const Outputs outputs{o.mutable_data_ptr(), data(denominator, rule.weighs()), data(final_state, output_final_state), data(solve, save_solve),
                         data(states, save)};
   with_primitives(q.scalar_type(),
                   [&](const auto& isa) { Forward(rule, isa, outputs).run(torch::stable::get_num_threads()); });
-  return {o, final_state, solve, states};
+  return {o, denominator, final_state, solve, states};
 }
-
-}  // namespace
 
 DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& g, const std::optional<Tensor>& beta,
                          const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every) {
+                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every, Memory memory) {
   check_tensor(op, "q", q, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double},
                {kAnySize, kAnySize, kAnySize, kAnySize});
   const ScalarType type = q.scalar_type(), state = state_dtype(type);
@@ -314,7 +345,7 @@ DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   DeltaRule rule{};
   rule.sequences =
       cu_seqlens ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens, b, t)) : SequenceLayout::batch(b, t);
-  check_tensor(op, "initial_state", initial_state, {state}, {rule.sequences.count(), value_heads, key_dim, value_dim});
+  rule.memory = memory;
   rule.heads = heads;
   rule.value_heads = value_heads;
   rule.key_dim = static_cast<int>(key_dim);
@@ -331,6 +362,9 @@ DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   rule.qk_l2norm = qk_l2norm;
   rule.chunk_size = static_cast<int>(chunk_size);
   rule.checkpoint_every = checkpoint_every;
+  rule.output_element = memory == Memory::sum_and_weight ? element_of(state) : rule.element;
+  check_tensor(op, "initial_state", initial_state, {state},
+               {rule.sequences.count(), value_heads, key_dim, rule.columns()});
   return rule;
 }
 

@@ -1,5 +1,5 @@
-// What the forward and the backward of the gated delta rule share: the arguments, block sizes, and the preparation of
-// one chunk. Symbols as in gated_delta_rule.cpp.
+// The chunk engine of the gated delta rule and of linear attention: the arguments, block sizes, and the preparation of one
+// chunk, shared by forward and backward. Symbols as in gated_delta_rule.cpp.
 #pragma once
 
 #include "../common/checks.h"
@@ -8,12 +8,23 @@
 #include "parallel.h"
 
 #include <cmath>
+#include <limits>
+#include <tuple>
 #include <type_traits>
 
 namespace memattn::cpu {
 
+// What a token does to the state.
+enum class Memory {
+  delta,           // erases, then writes: S_t = (I - beta k kᵀ) e^g S_{t-1} + beta k vᵀ
+  sum,             // only writes: S_t = e^g S_{t-1} + k vᵀ, hence T = I, Vn = V, and keys read nothing
+  sum_and_weight,  // the same with a column of ones after V: z in the state, and beside o its denominator q·z
+  normalised_sum,  // the same, o divided by the denominator
+};
+
 // The op's arguments and sizes, checked.
 struct DeltaRule {
+  Memory memory;
   SequenceLayout sequences;
   int64_t heads, value_heads;
   int key_dim, value_dim;
@@ -21,14 +32,25 @@ struct DeltaRule {
   const void* g;          // [tokens, value_heads] in the accumulate type, or null
   const void* beta;       // [tokens, value_heads] of `beta_element`, or null
   Element element, beta_element;
-  const void* initial_state;  // [N, value_heads, key_dim, value_dim] in the accumulate type, or null
+  const void* initial_state;  // [N, value_heads, key_dim, columns()] in the accumulate type, or null
+  Element output_element;     // of o: the accumulate type for sum_and_weight, else `element`
   double scale;
   bool qk_l2norm;
   int chunk_size;
   int64_t checkpoint_every;
 
   int64_t group() const { return value_heads / heads; }
+  bool erases() const { return memory == Memory::delta; }
+  bool weighs() const { return memory == Memory::sum_and_weight || memory == Memory::normalised_sum; }
+  bool divides() const { return memory == Memory::normalised_sum; }
+  int columns() const { return value_dim + (weighs() ? 1 : 0); }  // of the state
 };
+
+// Of an output row whose denominator is below the smallest normal number, hence without meaning: 0.
+template <class Acc>
+Acc reciprocal_or_zero(Acc denominator) {
+  return std::abs(denominator) < std::numeric_limits<Acc>::min() ? Acc(0) : 1 / denominator;
+}
 
 inline constexpr double kL2NormEps = 1e-6;
 
@@ -60,7 +82,33 @@ constexpr Element element_of_accumulate() {
 DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& g, const std::optional<Tensor>& beta,
                          const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every);
+                         double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every,
+                         Memory memory = Memory::delta);
+
+// o and its denominator [tokens, value_heads], not filled; the latter is empty where nothing is weighed.
+std::pair<Tensor, Tensor> empty_outputs(const DeltaRule& rule, const Tensor& v);
+
+// o and its denominator; `state` is updated in place.
+std::pair<Tensor, Tensor> run_step(const char* op, const DeltaRule& rule, const Tensor& q, const Tensor& v,
+                                   const Tensor& state, const std::optional<Tensor>& state_indices);
+
+// A tensor is empty where it is not wanted.
+struct ForwardResults {
+  Tensor o, denominator, final_state, solve, states;
+};
+ForwardResults run_forward(const DeltaRule& rule, const Tensor& q, const Tensor& v, bool output_final_state, bool save);
+
+// What backward is given beside the op's inputs. solve: where something is erased; o and denominator: where divided.
+struct BackwardInputs {
+  const Tensor& d_o;
+  const std::optional<Tensor>&ddenominator, &dfinal_state, &o, &denominator, &solve;
+  const Tensor& states;
+};
+
+// dq, dk, dv, dg, dbeta, dinitial_state; the last three are empty where there is no such input.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
+    const char* op, const DeltaRule& rule, const BackwardInputs& given, const Tensor& q, const Tensor& k, const Tensor& v,
+    const std::optional<Tensor>& g, const std::optional<Tensor>& beta, const std::optional<Tensor>& initial_state);
 
 // Calls run(table) with the table whose operand type serves `type`: products of float16, and of bfloat16 on a processor
 // without bf16 products, have float operands.
@@ -81,15 +129,20 @@ inline int leading(int cols) { return ((cols + 15) / 16 | 1) * 16; }
 struct BlockSizes {
   int unit, chunk, key_dim, value_dim;  // padded to `unit`
   int ld_key, ld_value, ld_chunk;
+  bool erases;
 
   BlockSizes(const DeltaRule& rule, int block_unit)
       : unit(block_unit),
         chunk(round_up(rule.chunk_size, unit)),
         key_dim(round_up(rule.key_dim, unit)),
-        value_dim(round_up(rule.value_dim, unit)),
+        value_dim(round_up(rule.columns(), unit)),
         ld_key(leading(key_dim)),
         ld_value(leading(value_dim)),
-        ld_chunk(leading(chunk)) {}
+        ld_chunk(leading(chunk)),
+        erases(rule.erases()) {}
+
+  // Size of a block that only the erase term needs.
+  int64_t if_erasing(int64_t size) const { return erases ? size : 0; }
 };
 
 // Operands: rows of accumulate type serve directly where E is that type, and are packed into `buffer` where it is not.
@@ -181,13 +234,15 @@ struct KeyBlock {
   KeyBlock(Arena& arena, const BlockSizes& s)
       : kq(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key)),
         reciprocal_norm(arena.take<Acc>(2 * s.chunk)),
-        kk(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
+        kk(arena.take<Acc>(s.if_erasing(int64_t{s.chunk} * s.ld_chunk))),
         qk(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
         left_buffer_(arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_key))),
         right_buffer_(arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_key))) {}
 
   Acc* keys() const { return kq; }
   Acc* queries(const BlockSizes& s) const { return kq + int64_t{padded} * s.ld_key; }
+  // First of the rows [K; Q] that read the state: keys read it in order to erase.
+  int first_reader(const BlockSizes& s) const { return s.erases ? 0 : padded; }
 
   // transposed_keys is temporary: [key_dim, ld_chunk].
   void prepare(const DeltaRule& rule, const Primitives<E>& isa, const BlockSizes& s, int64_t sequence, int64_t chunk,
@@ -206,13 +261,35 @@ struct KeyBlock {
     kq_right = as_right(isa, right_buffer_, kq, s.ld_key, 2 * padded, s.key_dim);
     isa.pack_right_transposed(transposed_keys, s.ld_chunk, keys(), s.ld_key, padded, s.key_dim);
     const Right<E> kt{transposed_keys, s.ld_chunk};
-    isa.gemm(kk, s.ld_chunk, kq_left, kt, padded, padded, s.key_dim, 0, Part::lower_c);
+    if (s.erases) isa.gemm(kk, s.ld_chunk, kq_left, kt, padded, padded, s.key_dim, 0, Part::lower_c);
     isa.gemm(qk, s.ld_chunk, rows_from(kq_left, padded), kt, padded, padded, s.key_dim, 0, Part::lower_c);
   }
 
  private:
   E *left_buffer_, *right_buffer_;
 };
+
+// Where the column after V lies in a block of columns begin..begin+width, or -1.
+inline int weight_column(const DeltaRule& rule, int begin, int width) {
+  const int at = rule.value_dim - begin;
+  return rule.weighs() && at >= 0 && at < width ? at : -1;
+}
+
+// How many of the columns begin..begin+width are columns of V.
+inline int value_columns(const DeltaRule& rule, int begin, int width) {
+  return std::clamp(rule.value_dim - begin, 0, width);
+}
+
+// Columns begin.. of a chunk's rows of V [rows, width], with the column of ones.
+template <class E>
+void load_values(const DeltaRule& rule, const Primitives<E>& isa, const KeyBlock<E>& keys, int64_t value_head,
+                 AccumulateOf<E>* values, int ld, int begin, int width) {
+  const int64_t at = (keys.first_token * rule.value_heads + value_head) * rule.value_dim + begin;
+  isa.load_rows(values, ld, keys.padded, width, offset(rule.v, rule.element, at), rule.element,
+                rule.value_heads * rule.value_dim, keys.rows, value_columns(rule, begin, width));
+  const int ones = weight_column(rule, begin, width);
+  for (int i = 0; ones >= 0 && i < keys.rows; ++i) values[int64_t{i} * ld + ones] = 1;
+}
 
 // --- the gates of one chunk of one value head ---
 

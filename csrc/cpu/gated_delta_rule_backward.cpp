@@ -12,11 +12,12 @@
 // sums cancel in dg, and would not if each came from another product of rounded operands.
 //
 // From the saved T and the states of every checkpoint_every-th chunk: per group of chunks, last group first, a forward
-// scan rebuilds S0, E and Vn of its chunks, then a reverse scan runs the lines above.
+// scan rebuilds S0, E and Vn of its chunks, then a reverse scan runs the lines above. Linear attention has no erase term:
+// dV = dVn, and dX, dR, M2, N2, E and dβ do not exist.
+#include "gated_delta_rule_blocks.h"
 #include "gated_delta_rule_items.h"
 
 #include <cstring>
-#include <tuple>
 
 namespace memattn::cpu {
 namespace {
@@ -24,87 +25,10 @@ namespace {
 constexpr const char* kOp = "gated_delta_rule_cpu_backward";
 
 struct Gradients {
-  const void *d_o, *dfinal_state;  // like v; accumulate type or null
-  const void *solve, *states;
+  const void *d_o, *ddenominator, *dfinal_state;  // like o; accumulate type or null, or null
+  const void *o, *denominator;                    // null where o was not divided
+  const void *solve, *states;                     // solve is null where nothing is erased
   void *dq, *dk, *dv, *dg, *dbeta, *dinitial_state;  // the last three may be null
-};
-
-// What the forward scan leaves for one value head of one chunk.
-template <class E>
-struct RebuiltHead {
-  using Acc = AccumulateOf<E>;
-  GateBlock<Acc> gates;
-  Acc *solve, *error, *fresh, *state;  // T, E, Vn, S0
-  E *solve_left_buffer, *solve_right_buffer;
-  Left<E> solve_left{};
-  Right<E> solve_right{};
-
-  RebuiltHead(Arena& arena, const BlockSizes& s)
-      : gates(arena, s),
-        solve(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
-        error(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
-        fresh(arena.take<Acc>(int64_t{s.chunk} * s.ld_value)),
-        state(arena.take<Acc>(int64_t{s.key_dim} * s.ld_value)),
-        solve_left_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))),
-        solve_right_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
-};
-
-template <class E>
-struct RebuiltChunk {
-  KeyBlock<E> keys;
-  std::vector<RebuiltHead<E>> heads;
-  int64_t solve_slot = 0;
-
-  RebuiltChunk(Arena& arena, const BlockSizes& s, int64_t value_heads) : keys(arena, s) {
-    for (int64_t i = 0; i < value_heads; ++i) heads.emplace_back(arena, s);
-  }
-};
-
-// What the reverse scan has in hand for one value head of one chunk. An item that is one task has one for all chunks.
-template <class E>
-struct ReverseHead {
-  using Acc = AccumulateOf<E>;
-  Acc *decay, *attention;  // e^{Gi-Gj}, A
-  Acc* grads;              // dX over dO [2 C, V]
-  Acc* row_factor;         // -beta e^G over scale e^G [2 C]
-  Acc* dstate;             // dS1 as it was when the scan passed; only where chunks are shared
-  E* attention_buffer;
-  Right<E> attention_right{};
-
-  ReverseHead(Arena& arena, const BlockSizes& s, bool shared)
-      : decay(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
-        attention(arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk)),
-        grads(arena.take<Acc>(int64_t{2} * s.chunk * s.ld_value)),
-        row_factor(arena.take<Acc>(2 * s.chunk)),
-        dstate(arena.take<Acc>(shared ? int64_t{s.key_dim} * s.ld_value : 0)),
-        attention_buffer(arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk))) {}
-};
-
-template <class E>
-struct BackwardTemporaries {
-  using Acc = AccumulateOf<E>;
-  E *key_value, *grads_operand, *grads_right, *chunk_value;  // operands [K or V, V or K], [2 C, V] twice, [C, V]
-  E *chunk_chunk, *chunk_chunk_too;                          // operands [C, C]
-  Acc *values, *inter, *dkq;                                 // [C, V], [2 C, K] twice
-  Acc *da, *dxv, *m1, *n2;                                   // [C, C]
-  Acc *row, *dgate, *dbeta;                                  // [2 C], [C], [C]; row also [K]
-
-  BackwardTemporaries(Arena& arena, const BlockSizes& s) {
-    const int64_t wide = std::max(s.ld_key, s.ld_value), tall = std::max(std::max(s.key_dim, s.value_dim), s.chunk);
-    key_value = arena.take<E>(tall * std::max<int64_t>(wide, s.ld_chunk));
-    grads_operand = arena.take<E>(packed_size<E>(2 * s.chunk, s.ld_value));
-    grads_right = arena.take<E>(int64_t{2} * s.chunk * s.ld_value);
-    chunk_value = arena.take<E>(int64_t{s.chunk} * s.ld_value);
-    chunk_chunk = arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk));
-    chunk_chunk_too = arena.take<E>(packed_size<E>(s.chunk, s.ld_chunk));
-    values = arena.take<Acc>(int64_t{s.chunk} * s.ld_value);
-    inter = arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key);
-    dkq = arena.take<Acc>(int64_t{2} * s.chunk * s.ld_key);
-    for (Acc** block : {&da, &dxv, &m1, &n2}) *block = arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk);
-    row = arena.take<Acc>(std::max(2 * s.chunk, s.key_dim));
-    dgate = arena.take<Acc>(s.chunk);
-    dbeta = arena.take<Acc>(s.chunk);
-  }
 };
 
 template <class E>
@@ -154,7 +78,7 @@ class Backward {
   template <class Each>
   void process(const Item* items, int64_t count, Workspace& w, int64_t, int64_t threads, const Each& each) {
     const int64_t group = rule_.group(), every = rule_.checkpoint_every, most = most_chunks(items, count);
-    const ColumnBlocks blocks(s_, count * group, threads);
+    const ColumnBlocks blocks(rule_, s_, count * group, threads);
     each(count * group, [&](int64_t i, int64_t) { start_dstate(items[i / group], i % group, w.dstates[i]); });
     for (int64_t back = 1; back <= (most + every - 1) / every; ++back) {
       // Each item counts its own groups from its end.
@@ -269,7 +193,7 @@ class Backward {
 
   int64_t value_head(const Item& item, int64_t head) const { return item.first_value_head + head; }
   int64_t state_row(const Item& item, int64_t head) const {
-    return (item.sequence * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.value_dim;
+    return (item.sequence * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.columns();
   }
   // First element of row `token` of v, do or dv.
   int64_t value_row(const Item& item, int64_t head, int64_t token) const {
@@ -284,9 +208,11 @@ class Backward {
     const int64_t rows = std::min<int64_t>(end - token, rule_.chunk_size);
     ahead.add(rule_.v, rule_.element, value_row(item, head, token) + begin, value_stride(), rows, cols);
     if (begin > 0) return ahead;
-    const int64_t c = rule_.chunk_size, slot = r.solve_slot + 1;
-    ahead.add(grads_.solve, kAcc, (slot * rule_.value_heads + value_head(item, head)) * c * c, c, rows,
-              rule_.chunk_size);
+    if (s_.erases) {
+      const int64_t c = rule_.chunk_size, slot = r.solve_slot + 1;
+      ahead.add(grads_.solve, kAcc, (slot * rule_.value_heads + value_head(item, head)) * c * c, c, rows,
+                rule_.chunk_size);
+    }
     if (head > 0) return ahead;
     for (const void* x : {rule_.k, rule_.q}) {
       ahead.add(x, rule_.element, (token * rule_.heads + item.head) * rule_.key_dim, rule_.heads * rule_.key_dim, rows,
@@ -301,7 +227,8 @@ class Backward {
     RowsAhead ahead;
     const int64_t token = r.keys.first_token - rule_.chunk_size;
     if (token < rule_.sequences.start(item.sequence)) return ahead;
-    ahead.add(grads_.d_o, rule_.element, value_row(item, head, token) + begin, value_stride(), rule_.chunk_size, cols);
+    ahead.add(grads_.d_o, rule_.output_element, value_row(item, head, token) + begin, value_stride(), rule_.chunk_size,
+              cols);
     return ahead;
   }
 
@@ -310,14 +237,14 @@ class Backward {
   void start_dstate(const Item& item, int64_t head, Acc* dstate) const {
     const bool given = grads_.dfinal_state != nullptr;
     const void* from = given ? offset(grads_.dfinal_state, kAcc, state_row(item, head)) : nullptr;
-    isa_.load_rows(dstate, s_.ld_value, s_.key_dim, s_.value_dim, from, kAcc, rule_.value_dim,
-                   given ? rule_.key_dim : 0, rule_.value_dim);
+    isa_.load_rows(dstate, s_.ld_value, s_.key_dim, s_.value_dim, from, kAcc, rule_.columns(),
+                   given ? rule_.key_dim : 0, rule_.columns());
   }
 
   void finish_dstate(const Item& item, int64_t head, const Acc* dstate) const {
     if (grads_.dinitial_state == nullptr) return;
-    isa_.store_rows(offset(grads_.dinitial_state, kAcc, state_row(item, head)), kAcc, rule_.value_dim, dstate,
-                    s_.ld_value, nullptr, rule_.key_dim, rule_.value_dim);
+    isa_.store_rows(offset(grads_.dinitial_state, kAcc, state_row(item, head)), kAcc, rule_.columns(), dstate,
+                    s_.ld_value, nullptr, rule_.key_dim, rule_.columns());
   }
 
   // --- rebuilding the forward ---
@@ -325,44 +252,51 @@ class Backward {
   // Keys, gates and T of a chunk; the first chunk of a group also fetches its state.
   void prepare(const Item& item, int64_t chunk, RebuiltChunk<E>& r, bool first, BackwardTemporaries<E>& t) const {
     r.keys.prepare(rule_, isa_, s_, item.sequence, chunk, item.head, t.key_value);
-    const int n = r.keys.padded, c = rule_.chunk_size, rows = std::min(n, c);
-    r.solve_slot = rule_.sequences.slot(item.sequence, chunk, c);
+    r.solve_slot = rule_.sequences.slot(item.sequence, chunk, rule_.chunk_size);
     for (int64_t i = 0; i < rule_.group(); ++i) {
       RebuiltHead<E>& head = r.heads[i];
-      head.gates.prepare(rule_, isa_, r.keys.first_token, r.keys.rows, n, value_head(item, i));
-      const int64_t at = (r.solve_slot * rule_.value_heads + value_head(item, i)) * c * c;
-      isa_.load_rows(head.solve, s_.ld_chunk, n, n, offset(grads_.solve, kAcc, at), kAcc, c, rows, rows);
-      head.solve_left = as_left(isa_, head.solve_left_buffer, head.solve, s_.ld_chunk, n, n);
-      head.solve_right = as_right(isa_, head.solve_right_buffer, head.solve, s_.ld_chunk, n, n);
+      head.gates.prepare(rule_, isa_, r.keys.first_token, r.keys.rows, r.keys.padded, value_head(item, i));
+      if (s_.erases) load_solve(item, i, r, head);
       if (first) load_checkpoint(item, chunk, i, head.state);
     }
+  }
+
+  void load_solve(const Item& item, int64_t i, const RebuiltChunk<E>& r, RebuiltHead<E>& head) const {
+    const int n = r.keys.padded, c = rule_.chunk_size, rows = std::min(n, c);
+    const int64_t at = (r.solve_slot * rule_.value_heads + value_head(item, i)) * c * c;
+    isa_.load_rows(head.solve, s_.ld_chunk, n, n, offset(grads_.solve, kAcc, at), kAcc, c, rows, rows);
+    head.solve_left = as_left(isa_, head.solve_left_buffer, head.solve, s_.ld_chunk, n, n);
+    head.solve_right = as_right(isa_, head.solve_right_buffer, head.solve, s_.ld_chunk, n, n);
   }
 
   void load_checkpoint(const Item& item, int64_t chunk, int64_t head, Acc* state) const {
     const int64_t every = rule_.checkpoint_every;
     const int64_t slot = rule_.sequences.slot(item.sequence, chunk / every, rule_.chunk_size * every);
-    const int64_t at = (slot * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.value_dim;
-    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, offset(grads_.states, kAcc, at), kAcc, rule_.value_dim,
-                   rule_.key_dim, rule_.value_dim);
+    const int64_t at = (slot * rule_.value_heads + value_head(item, head)) * rule_.key_dim * rule_.columns();
+    isa_.load_rows(state, s_.ld_value, s_.key_dim, s_.value_dim, offset(grads_.states, kAcc, at), kAcc, rule_.columns(),
+                   rule_.key_dim, rule_.columns());
   }
 
   // Columns begin..end of E and Vn of one chunk, and of the next chunk's state; the forward's own operations.
   void rebuild(const Item& item, int64_t head, RebuiltChunk<E>& r, Acc* next, BackwardTemporaries<E>& t, int begin,
                int end) const {
     RebuiltHead<E>& h = r.heads[head];
-    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value,
-              true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value;
     Acc *error = h.error + begin, *fresh = h.fresh + begin;
-    RowsAhead ahead = rows_of_next_chunk(item, head, r, begin, true_width);
-    const Right<E> s0 = as_right(isa_, t.key_value, h.state + begin, ld, s_.key_dim, width);
-    ahead.fetch();
-    isa_.gemm(error, ld, r.keys.kq_left, s0, n, width, s_.key_dim, 0, Part::full);
-    const void* v = offset(rule_.v, rule_.element, value_row(item, head, r.keys.first_token) + begin);
-    isa_.load_rows(t.values, ld, n, width, v, rule_.element, value_stride(), r.keys.rows, true_width);
-    isa_.residual_rows(error, ld, h.gates.from_start, t.values, ld, n, width);
-    isa_.pack_right(t.chunk_value, ld, error, ld, h.gates.beta, n, width);
-    ahead.fetch();
-    isa_.gemm(fresh, ld, h.solve_left, {t.chunk_value, ld}, n, width, n, 0, Part::lower_a);
+    RowsAhead ahead = rows_of_next_chunk(item, head, r, begin, value_columns(rule_, begin, width));
+    if (s_.erases) {
+      const Right<E> s0 = as_right(isa_, t.key_value, h.state + begin, ld, s_.key_dim, width);
+      ahead.fetch();
+      isa_.gemm(error, ld, r.keys.kq_left, s0, n, width, s_.key_dim, 0, Part::full);
+      load_values(rule_, isa_, r.keys, value_head(item, head), t.values, ld, begin, width);
+      isa_.residual_rows(error, ld, h.gates.from_start, t.values, ld, n, width);
+      isa_.pack_right(t.chunk_value, ld, error, ld, h.gates.beta, n, width);
+      ahead.fetch();
+      isa_.gemm(fresh, ld, h.solve_left, {t.chunk_value, ld}, n, width, n, 0, Part::lower_a);
+    } else {
+      load_values(rule_, isa_, r.keys, value_head(item, head), fresh, ld, begin, width);
+      ahead.fetch();
+    }
     ahead.fetch();
     if (next == nullptr) return;
     isa_.pack_right(t.chunk_value, ld, fresh, ld, h.gates.to_end, n, width);
@@ -378,8 +312,12 @@ class Backward {
     const GateBlock<Acc>& gates = r.heads[head].gates;
     const int n = r.keys.padded;
     isa_.decay_matrix(reverse.decay, s_.ld_chunk, gates.high, gates.low, n);
-    isa_.chunk_scores(t.m1, reverse.attention, s_.ld_chunk, r.keys.kk, r.keys.qk, reverse.decay, gates.beta,
-                      Acc(rule_.scale), n);
+    if (s_.erases) {
+      isa_.chunk_scores(t.m1, reverse.attention, s_.ld_chunk, r.keys.kk, r.keys.qk, reverse.decay, gates.beta,
+                        Acc(rule_.scale), n);
+    } else {
+      isa_.causal_scores(reverse.attention, s_.ld_chunk, r.keys.qk, reverse.decay, Acc(rule_.scale), n);
+    }
     reverse.attention_right = as_right(isa_, reverse.attention_buffer, reverse.attention, s_.ld_chunk, n, n);
     for (int i = 0; i < n; ++i) {
       reverse.row_factor[i] = -gates.beta[i] * gates.from_start[i];
@@ -391,13 +329,14 @@ class Backward {
   void reverse_values(const Item& item, int64_t head, const RebuiltChunk<E>& r, ReverseHead<E>& reverse,
                       const Acc* dstate, BackwardTemporaries<E>& t, int begin, int end) const {
     const RebuiltHead<E>& h = r.heads[head];
-    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value,
-              true_width = std::min(end, rule_.value_dim) - begin;
+    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value, columns = value_columns(rule_, begin, width);
     const int64_t at = value_row(item, head, r.keys.first_token) + begin;
-    Acc *dx = reverse.grads + begin, *d_o = dx + int64_t{n} * ld, *dfresh = t.values;
-    isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.element, at), rule_.element, value_stride(), r.keys.rows,
-                   true_width);
-    RowsAhead ahead = rows_of_previous_chunk(item, head, r, begin, true_width);
+    Acc *dx = reverse.grads + begin, *d_o = dx + int64_t{n} * ld, *dfresh = s_.erases ? t.values : dx;
+    isa_.load_rows(d_o, ld, n, width, offset(grads_.d_o, rule_.output_element, at), rule_.output_element,
+                   value_stride(), r.keys.rows, columns);
+    if (const int weight = weight_column(rule_, begin, width); weight >= 0)
+      through_weight(item, head, r.keys, d_o, weight, t);
+    RowsAhead ahead = rows_of_previous_chunk(item, head, r, begin, columns);
     const Right<E> ds1 = as_right(isa_, t.key_value, dstate + begin, ld, s_.key_dim, width);
     ahead.fetch();
     isa_.gemm(dfresh, ld, r.keys.kq_left, ds1, n, width, s_.key_dim, 0, Part::full);
@@ -406,20 +345,46 @@ class Backward {
     isa_.gemm(dfresh, ld, transposed(reverse.attention_right), as_right(isa_, t.chunk_value, d_o, ld, n, width), n,
               width, n, 1, Part::upper_a);
     ahead.fetch();
-    isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0,
-              Part::upper_a);
+    if (s_.erases) {
+      isa_.gemm(dx, ld, transposed(h.solve_right), as_right(isa_, t.chunk_value, dfresh, ld, n, width), n, width, n, 0,
+                Part::upper_a);
+    }
     ahead.fetch();
-    isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld, h.gates.beta,
-                    r.keys.rows, true_width);
+    isa_.store_rows(offset(grads_.dv, rule_.element, at), rule_.element, value_stride(), dx, ld,
+                    s_.erases ? h.gates.beta : nullptr, r.keys.rows, columns);
+  }
+
+  // Adds the denominator's gradient as the column `weight` of dO. If o = n / d was divided, dO becomes
+  // dn = do / d first, and dd = -<do, o> / d.
+  void through_weight(const Item& item, int64_t head, const KeyBlock<E>& keys, Acc* d_o, int weight,
+                      BackwardTemporaries<E>& t) const {
+    const int n = keys.padded, ld = s_.ld_value;
+    const int64_t stride = rule_.value_heads, row = keys.first_token * stride + value_head(item, head);
+    if (rule_.divides()) {
+      Acc *reciprocal = t.dgate, *along = t.row;
+      for (int i = 0; i < n; ++i)
+        reciprocal[i] = i < keys.rows
+                            ? reciprocal_or_zero(static_cast<const Acc*>(grads_.denominator)[row + i * stride])
+                            : Acc(0);
+      isa_.load_rows(t.values, ld, n, s_.value_dim, offset(grads_.o, rule_.element, row * rule_.value_dim),
+                     rule_.element, value_stride(), keys.rows, rule_.value_dim);
+      isa_.dot_rows(along, d_o, ld, t.values, ld, n, s_.value_dim);
+      isa_.scale_rows(d_o, ld, reciprocal, n, s_.value_dim);
+      for (int i = 0; i < keys.rows; ++i) d_o[int64_t{i} * ld + weight] = -along[i] * reciprocal[i];
+    } else if (grads_.ddenominator) {
+      for (int i = 0; i < keys.rows; ++i)
+        d_o[int64_t{i} * ld + weight] = static_cast<const Acc*>(grads_.ddenominator)[row + i * stride];
+    }
   }
 
   // Columns begin..end of dS1 become those of dS0.
   void reverse_state(int64_t head, const RebuiltChunk<E>& r, const ReverseHead<E>& reverse, Acc* dstate,
                      BackwardTemporaries<E>& t, int begin, int end) const {
-    const int n = r.keys.padded, width = end - begin, ld = s_.ld_value;
-    isa_.pack_right(t.grads_right, ld, reverse.grads + begin, ld, reverse.row_factor, 2 * n, width);
-    isa_.gemm(dstate + begin, ld, transposed(r.keys.kq_right), {t.grads_right, ld}, s_.key_dim, width, 2 * n,
-              r.heads[head].gates.whole, Part::full);
+    const int width = end - begin, ld = s_.ld_value, first = r.keys.first_reader(s_), readers = 2 * r.keys.padded - first;
+    isa_.pack_right(t.grads_right, ld, reverse.grads + int64_t{first} * ld + begin, ld, reverse.row_factor + first,
+                    readers, width);
+    isa_.gemm(dstate + begin, ld, transposed(rows_from(r.keys.kq_right, first)), {t.grads_right, ld}, s_.key_dim, width,
+              readers, r.heads[head].gates.whole, Part::full);
   }
 
   // --- gradients of one chunk ---
@@ -432,15 +397,20 @@ class Backward {
   void chunk_gradients(const Item& item, int64_t head, const RebuiltChunk<E>& r, const ReverseHead<E>& reverse,
                        const Acc* dstate, BackwardTemporaries<E>& t) const {
     const RebuiltHead<E>& h = r.heads[head];
-    const int n = r.keys.padded, ld = s_.ld_chunk;
-    const Left<E> grads = as_left(isa_, t.grads_operand, reverse.grads, s_.ld_value, 2 * n, s_.value_dim);
+    const int n = r.keys.padded, ld = s_.ld_chunk, first = r.keys.first_reader(s_);
+    const Left<E> grads = as_left(isa_, t.grads_operand, reverse.grads + int64_t{first} * s_.ld_value, s_.ld_value,
+                                  2 * n - first, s_.value_dim);  // of the rows that read the state
 
-    isa_.dot_rows(t.dbeta, reverse.grads, s_.ld_value, h.error, s_.ld_value, n, s_.value_dim);
     isa_.pack_right_transposed(t.key_value, ld, h.fresh, s_.ld_value, n, s_.value_dim);
-    isa_.gemm(t.dxv, ld, grads, {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
-    isa_.gemm(t.da, ld, rows_from(grads, n), {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
-    isa_.chunk_scores_backward(t.m1, t.n2, ld, t.da, t.dxv, r.keys.qk, r.keys.kk, reverse.decay, h.gates.beta,
-                               Acc(rule_.scale), t.dgate, t.dbeta, n);
+    isa_.gemm(t.da, ld, rows_from(grads, n - first), {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
+    if (s_.erases) {
+      isa_.dot_rows(t.dbeta, reverse.grads, s_.ld_value, h.error, s_.ld_value, n, s_.value_dim);
+      isa_.gemm(t.dxv, ld, grads, {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
+      isa_.chunk_scores_backward(t.m1, t.n2, ld, t.da, t.dxv, r.keys.qk, r.keys.kk, reverse.decay, h.gates.beta,
+                                 Acc(rule_.scale), t.dgate, t.dbeta, n);
+    } else {
+      isa_.causal_scores_backward(t.m1, ld, t.da, r.keys.qk, reverse.decay, Acc(rule_.scale), t.dgate, n);
+    }
 
     through_state(r, h, reverse, grads, t);
     through_next_state(r, h, dstate, t);
@@ -451,11 +421,13 @@ class Backward {
   // dR S0ᵀ and scale e^G (dO S0ᵀ), with their part of dG.
   void through_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const ReverseHead<E>& reverse, Left<E> grads,
                      BackwardTemporaries<E>& t) const {
-    const int n = r.keys.padded, ld = s_.ld_key;
+    const int n = r.keys.padded, ld = s_.ld_key, first = r.keys.first_reader(s_), readers = 2 * n - first;
+    const int64_t at = int64_t{first} * ld;
     isa_.pack_right_transposed(t.key_value, ld, h.state, s_.ld_value, s_.key_dim, s_.value_dim);
-    isa_.gemm(t.inter, ld, grads, {t.key_value, ld}, 2 * n, s_.key_dim, s_.value_dim, 0, Part::full);
-    isa_.add_rows(t.dkq, ld, reverse.row_factor, t.inter, ld, 2 * n, s_.key_dim);
-    isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, 2 * n, s_.key_dim);
+    isa_.gemm(t.inter, ld, grads, {t.key_value, ld}, readers, s_.key_dim, s_.value_dim, 0, Part::full);
+    isa_.add_rows(t.dkq + at, ld, reverse.row_factor + first, t.inter, ld, readers, s_.key_dim);
+    std::fill(t.row, t.row + first, Acc(0));
+    isa_.dot_rows(t.row + first, r.keys.kq + at, ld, t.inter, ld, readers, s_.key_dim);
     for (int i = 0; i < n; ++i)
       t.dgate[i] += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
   }
@@ -489,6 +461,7 @@ class Backward {
     Acc *dk = t.dkq, *dq = t.dkq + int64_t{n} * ld;
     add(dq, as_left(isa_, t.chunk_chunk, t.m1, s_.ld_chunk, n, n), keys, Part::lower_a);
     add(dk, transposed(as_right(isa_, t.chunk_chunk_too, t.m1, s_.ld_chunk, n, n)), queries, Part::upper_a);
+    if (!s_.erases) return;
     add(dk, as_left(isa_, t.chunk_chunk, t.n2, s_.ld_chunk, n, n), keys, Part::lower_a);
     add(dk, transposed(as_right(isa_, t.chunk_chunk_too, t.n2, s_.ld_chunk, n, n)), keys, Part::upper_a);
   }
@@ -532,13 +505,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
     Tensor states, double scale, bool qk_l2norm, int64_t chunk_size, int64_t checkpoint_every) {
   const DeltaRule rule =
       read_arguments(kOp, q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size, checkpoint_every);
+  const std::optional<Tensor> none, needed = solve;
+  return run_backward(kOp, rule, {d_o, none, dfinal_state, none, none, needed, states}, q, k, v, g, beta,
+                      initial_state);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
+    const char* op, const DeltaRule& rule, const BackwardInputs& given, const Tensor& q, const Tensor& k, const Tensor& v,
+    const std::optional<Tensor>& g, const std::optional<Tensor>& beta, const std::optional<Tensor>& initial_state) {
   const SequenceLayout& sequences = rule.sequences;
   const ScalarType type = q.scalar_type(), state = state_dtype(type);
-  const int64_t hv = rule.value_heads, c = rule.chunk_size, key_dim = rule.key_dim, value_dim = rule.value_dim;
-  check_tensor(kOp, "do", d_o, {type}, {v.size(0), v.size(1), hv, value_dim});
-  check_tensor(kOp, "dfinal_state", dfinal_state, {state}, {sequences.count(), hv, key_dim, value_dim});
-  check_tensor(kOp, "solve", solve, {state}, {sequences.slots(c), hv, c, c});
-  check_tensor(kOp, "states", states, {state}, {sequences.slots(c * checkpoint_every), hv, key_dim, value_dim});
+  const ScalarType output = rule.memory == Memory::sum_and_weight ? state : type;
+  const int64_t b = v.size(0), length = v.size(1), hv = rule.value_heads, c = rule.chunk_size;
+  const int64_t key_dim = rule.key_dim, columns = rule.columns();
+  check_tensor(op, "do", given.d_o, {output}, {b, length, hv, rule.value_dim});
+  check_tensor(op, "ddenominator", given.ddenominator, {state}, {b, length, hv});
+  check_tensor(op, "dfinal_state", given.dfinal_state, {state}, {sequences.count(), hv, key_dim, columns});
+  if (rule.divides()) {
+    if (!given.o || !given.denominator) fail(op, "o and denominator must be given where o was divided");
+    check_tensor(op, "o", given.o, {type}, {b, length, hv, rule.value_dim});
+    check_tensor(op, "denominator", given.denominator, {state}, {b, length, hv});
+  }
+  if (rule.erases()) check_tensor(op, "solve", given.solve, {state}, {sequences.slots(c), hv, c, c});
+  check_tensor(op, "states", given.states, {state}, {sequences.slots(c * rule.checkpoint_every), hv, key_dim, columns});
 
   const auto gradient_of = [&](const std::optional<Tensor>& x) {
     return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, state);
@@ -546,16 +537,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   Tensor dg = gradient_of(g), dbeta = gradient_of(beta), dinitial = gradient_of(initial_state);
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
-  const Gradients gradients{d_o.const_data_ptr(),          dfinal_state ? dfinal_state->const_data_ptr() : nullptr,
-                            solve.const_data_ptr(),        states.const_data_ptr(),
-                            dq.mutable_data_ptr(),         dk.mutable_data_ptr(),
-                            dv.mutable_data_ptr(),         data(dg, g.has_value()),
-                            data(dbeta, beta.has_value()), data(dinitial, initial_state.has_value())};
+  const auto read = [](const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; };
+  const Gradients gradients{given.d_o.const_data_ptr(),    read(given.ddenominator),
+                            read(given.dfinal_state),      read(given.o),
+                            read(given.denominator),       read(given.solve),
+                            given.states.const_data_ptr(), dq.mutable_data_ptr(),
+                            dk.mutable_data_ptr(),         dv.mutable_data_ptr(),
+                            data(dg, g.has_value()),       data(dbeta, beta.has_value()),
+                            data(dinitial, initial_state.has_value())};
   with_primitives(type, [&](const auto& isa) { Backward(rule, isa, gradients).run(torch::stable::get_num_threads()); });
   return {dq, dk, dv, dg, dbeta, dinitial};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memattn, CPU, m) {
   m.impl("gated_delta_rule_cpu_backward", TORCH_BOX(&gated_delta_rule_backward));

@@ -38,9 +38,9 @@ struct ColumnBlocks {
   int64_t count;
   int width, total;
 
-  // Two tasks per thread, of at least 32 columns.
-  ColumnBlocks(const BlockSizes& s, int64_t value_heads, int64_t threads) : total(s.value_dim) {
-    const int64_t wanted = threads == 1 ? 1 : (2 * threads + value_heads - 1) / value_heads;
+  // Two tasks per thread, of at least 32 columns; one per value head where rows are divided by their last column.
+  ColumnBlocks(const DeltaRule& rule, const BlockSizes& s, int64_t value_heads, int64_t threads) : total(s.value_dim) {
+    const int64_t wanted = threads == 1 || rule.divides() ? 1 : (2 * threads + value_heads - 1) / value_heads;
     const int64_t blocks = std::clamp<int64_t>(wanted, 1, std::max(1, total / 32));
     width = round_up(static_cast<int>((total + blocks - 1) / blocks), std::max(32, s.unit));
     width = std::min(width, total);

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from memattn import _native
-from memattn.ops import gated_delta_rule, gated_delta_rule_step
+from memattn.ops import gated_delta_rule, gated_delta_rule_step, linear_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.compare import evaluate  # noqa: E402
@@ -27,6 +27,11 @@ def gradient_op(chunk_size):
 def train(inputs, chunk_size):
     """Outputs and every gradient."""
     return evaluate(gradient_op(chunk_size), inputs)
+
+
+def train_linear(inputs, chunk_size):
+    """The same of linear attention."""
+    return evaluate(functools.partial(linear_attention, backend="cpu", chunk_size=chunk_size), inputs)
 
 
 def decode(inputs):
@@ -78,7 +83,7 @@ def resident(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-KINDS = {f.__name__: f for f in (train, decode, train_rows, peak_scratch)}
+KINDS = {f.__name__: f for f in (train, train_linear, decode, train_rows, peak_scratch)}
 
 
 def main(jobs, results, library=None):

@@ -1,11 +1,11 @@
-"""Planted bugs: `reference.chunked` with one wrong line each. The checks must catch every one of them."""
+"""Planted bugs: a reference's `chunked` with one wrong line each. The checks must catch every one of them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 
-from memattn.reference import gated_delta_rule as reference
+from memattn.reference import gated_delta_rule, linear_attention
 
 BUGS = {
     "tail gate and beta filled with ones": ("(F.pad(x, (0, 0, 0, pad))", "(F.pad(x, (0, 0, 0, pad), value=1.0)"),
@@ -27,6 +27,28 @@ BUGS = {
     "heads tiled instead of grouped": ("_prepare(q, k, v, g, beta, scale, qk_l2norm)", "_tiled(_prepare, q, k, v, g, beta, scale, qk_l2norm)"),
     "final state aliases its input": ("state.clone() if output_final_state", "state if output_final_state"),
 }  # fmt: skip
+_SHARED = (
+    "initial state ignored", "final state never written", "exp before mask", "exp(G)·exp(−G) factorised",
+    "chunk state leaves out its decay",
+)  # fmt: skip
+_WITHIN, _LINEAR_INITIAL = (
+    "dot(dot(q, k.mT) * decay, v)",
+    "state = _initial(q, v, initial_state, normaliser, cu_seqlens)",
+)
+LINEAR_BUGS = {name: BUGS[name] for name in _SHARED} | {
+    "initial state ignored": (_LINEAR_INITIAL, _LINEAR_INITIAL.replace("= _", "= 0 * _")),
+    "tail gate filled with −1": ("F.pad(g, (0, 0, 0, pad))", "F.pad(g, (0, 0, 0, pad), value=-1.0)"),
+    "tail rows filled with ones": ("F.pad(x, (0, 0, 0, 0, 0, pad))", "F.pad(x, (0, 0, 0, 0, 0, pad), value=1.0)"),
+    "strict instead of inclusive mask": (_WITHIN, "dot((dot(q, k.mT) * decay).tril(-1), v)"),
+    "one future token leaks": (_WITHIN, "dot(dot(q, k.mT) * (decay + 0.1 * decay.mT.tril(1)), v)"),
+    "written values decay from the start": ("dot(k.mT, to_end * v)", "dot(k.mT, from_start * v)"),
+    "within-chunk reads not decayed": (_WITHIN, "dot((dot(q, k.mT)).tril(), v)"),
+    "state read without decay": ("from_start[:, :, c] * dot(q", "dot(q"),
+    "state rounded to bfloat16 per chunk": ("* state + written", "* state.bfloat16().to(state.dtype) + written"),
+    "gate overwritten": ("chunks = (length", "g.requires_grad or g.mul_(0.5); chunks = (length"),
+    "scale ignored": ("_prepare(q, k, v, g, scale, normaliser)", "_prepare(q, k, v, g, None, normaliser)"),
+    "heads tiled instead of grouped": ("_prepare(q, k, v, g, scale, normaliser)", "_tiled(_prepare, q, k, v, g, scale, normaliser)"),
+}  # fmt: skip
 
 
 def _tiled(prepare, q, k, v, *rest):
@@ -35,8 +57,17 @@ def _tiled(prepare, q, k, v, *rest):
 
 
 def planted(bug: str) -> Callable:
-    """`chunked` with `bug`; fails when the line it changes is gone."""
-    old, new = BUGS[bug]
+    """`chunked` of the gated delta rule with `bug`."""
+    return _chunked_with(gated_delta_rule, bug, *BUGS[bug])
+
+
+def planted_linear(bug: str) -> Callable:
+    """`chunked` of linear attention with `bug`."""
+    return _chunked_with(linear_attention, bug, *LINEAR_BUGS[bug])
+
+
+def _chunked_with(reference, bug: str, old: str, new: str) -> Callable:
+    """Fails when the line that the bug changes is gone."""
     source = inspect.getsource(reference.chunked)
     if old not in source:
         raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")

@@ -1,6 +1,6 @@
 // Every primitive, written once over a vector type V and a product type D. Included inside the anonymous namespace and
 // the target region of each table's file, after that file has included <cmath>, <cstdint> and <cstring>; it includes
-// nothing itself, and calls no function template of std: the linker could pick a copy compiled for AVX for everyone.
+// nothing but its own second part, and calls no function template of std: the linker could pick a copy compiled for AVX for everyone.
 //
 // V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab,
 //    sum, exp, first(x, n) = the first n lanes of x and zero, transpose(rows); for float also load/store bf16 and f16.
@@ -421,6 +421,43 @@ static void chunk_scores_backward(ScalarOf<V>* m1, ScalarOf<V>* n2, int ld, cons
   }
 }
 
+template <class V>
+static void causal_scores(ScalarOf<V>* attention, int ld, const ScalarOf<V>* qk, const ScalarOf<V>* decay,
+                          ScalarOf<V> scale, int n) {
+  const auto wide_scale = V::broadcast(scale);
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; j += V::lanes) {
+      const int64_t at = int64_t{i} * ld + j;
+      V::store(attention + at,
+               j > i ? V::zero()
+                     : V::first(V::mul(V::mul(wide_scale, V::load(qk + at)), V::load(decay + at)), i + 1 - j));
+    }
+  }
+}
+
+template <class V>
+static void causal_scores_backward(ScalarOf<V>* m1, int ld, const ScalarOf<V>* da, const ScalarOf<V>* qk,
+                                   const ScalarOf<V>* decay, ScalarOf<V> scale, ScalarOf<V>* dgate, int n) {
+  const auto wide_scale = V::broadcast(scale);
+  for (int i = 0; i < n; ++i) dgate[i] = 0;
+  for (int i = 0; i < n; ++i) {
+    auto row_sum = V::zero();
+    for (int j = 0; j < n; j += V::lanes) {
+      const int64_t at = int64_t{i} * ld + j;
+      if (j > i) {
+        V::store(m1 + at, V::zero());
+        continue;
+      }
+      const auto m1_ij = V::first(V::mul(V::mul(wide_scale, V::load(da + at)), V::load(decay + at)), i + 1 - j);
+      const auto e = V::mul(m1_ij, V::first(V::load(qk + at), i + 1 - j));
+      row_sum = V::add(row_sum, e);
+      V::store(dgate + j, V::sub(V::load(dgate + j), e));
+      V::store(m1 + at, m1_ij);
+    }
+    dgate[i] += V::sum(row_sum);
+  }
+}
+
 // Panels of 8 rows: what the rows above contribute is a product, what the panel's own rows contribute a substitution.
 template <class V, int ROWS, int PANEL>
 static void unit_lower_inverse(ScalarOf<V>* inverse, int ldi, const ScalarOf<V>* lower, int ldl, int n) {
@@ -446,66 +483,7 @@ static void unit_lower_inverse(ScalarOf<V>* inverse, int ldi, const ScalarOf<V>*
   }
 }
 
-// --- one token ---
-
-template <class V, int COLS>
-static void step_block(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, const ScalarOf<V>* q, const ScalarOf<V>* v,
-                       ScalarOf<V> decay, ScalarOf<V> beta, ScalarOf<V> qk, ScalarOf<V>* o, int k_dim) {
-  typename V::Reg read[COLS], seen[COLS];
-#pragma GCC unroll 8
-  for (int j = 0; j < COLS; ++j) read[j] = seen[j] = V::zero();
-  for (int i = 0; i < k_dim; ++i) {
-    const auto k_i = V::broadcast(k[i]), q_i = V::broadcast(q[i]);
-#pragma GCC unroll 8
-    for (int j = 0; j < COLS; ++j) {
-      const auto s = V::load(state + i * ld + j * V::lanes);
-      read[j] = V::fma(k_i, s, read[j]);
-      seen[j] = V::fma(q_i, s, seen[j]);
-    }
-  }
-  const auto wide_decay = V::broadcast(decay), wide_beta = V::broadcast(beta), wide_qk = V::broadcast(qk);
-#pragma GCC unroll 8
-  for (int j = 0; j < COLS; ++j) {
-    read[j] = V::mul(wide_beta, V::fnma(wide_decay, read[j], V::load(v + j * V::lanes)));
-    V::store(o + j * V::lanes, V::fma(wide_decay, seen[j], V::mul(wide_qk, read[j])));
-  }
-  for (int i = k_dim - 1; i >= 0; --i) {  // backwards: the rows read last are still in L1
-    const auto k_i = V::broadcast(k[i]);
-#pragma GCC unroll 8
-    for (int j = 0; j < COLS; ++j) {
-      ScalarOf<V>* s = state + i * ld + j * V::lanes;
-      V::store(s, V::fma(k_i, read[j], V::mul(wide_decay, V::load(s))));
-    }
-  }
-}
-
-template <class S>
-static void step_single_column(S* state, int64_t ld, const S* k, const S* q, S v, S decay, S beta, S qk, S* o,
-                               int k_dim) {
-  S read = 0, seen = 0;
-  for (int i = 0; i < k_dim; ++i) {
-    read += k[i] * state[i * ld];
-    seen += q[i] * state[i * ld];
-  }
-  const S update = beta * (v - decay * read);
-  *o = decay * seen + qk * update;
-  for (int i = 0; i < k_dim; ++i) state[i * ld] = k[i] * update + decay * state[i * ld];
-}
-
-template <class V, int COLS>
-static void step_columns(ScalarOf<V>* state, int64_t ld, const ScalarOf<V>* k, const ScalarOf<V>* q,
-                         const ScalarOf<V>* v, ScalarOf<V> decay, ScalarOf<V> beta, ScalarOf<V>* o, int k_dim,
-                         int cols) {
-  ScalarOf<V> qk = 0;
-  for (int i = 0; i < k_dim; ++i) qk += q[i] * k[i];
-  int j = 0;
-  for (; j + COLS * V::lanes <= cols; j += COLS * V::lanes) {
-    step_block<V, COLS>(state + j, ld, k, q, v + j, decay, beta, qk, o + j, k_dim);
-  }
-  for (; j + V::lanes <= cols; j += V::lanes)
-    step_block<V, 1>(state + j, ld, k, q, v + j, decay, beta, qk, o + j, k_dim);
-  for (; j < cols; ++j) step_single_column(state + j, ld, k, q, v[j], decay, beta, qk, o + j, k_dim);
-}
+#include "steps.inl.h"
 
 // --- the table ---
 
@@ -537,7 +515,10 @@ static constexpr Primitives<typename D::E> make_table(const char* isa) {
   table.decay_matrix = decay_matrix<V>;
   table.chunk_scores = chunk_scores<V>;
   table.chunk_scores_backward = chunk_scores_backward<V>;
+  table.causal_scores = causal_scores<V>;
+  table.causal_scores_backward = causal_scores_backward<V>;
   table.unit_lower_inverse = unit_lower_inverse<V, ROWS, PANEL>;
   table.step_columns = step_columns<V, STEP>;
+  table.write_columns = write_columns<V, STEP>;
   return table;
 }

@@ -111,6 +111,10 @@ struct Primitives {
   // with e = m1 qk + n2 kk: dgate_i = sum_j e_ij - sum_j e_ji, dbeta_i += sum_j m2_ij kk_ij.
   void (*chunk_scores_backward)(Acc* m1, Acc* n2, int ld, const Acc* da, const Acc* dxv, const Acc* qk, const Acc* kk,
                                 const Acc* decay, const Acc* beta, Acc scale, Acc* dgate, Acc* dbeta, int n);
+  // The two of a rule that erases nothing: attention, and m1 with dgate, alone.
+  void (*causal_scores)(Acc* attention, int ld, const Acc* qk, const Acc* decay, Acc scale, int n);
+  void (*causal_scores_backward)(Acc* m1, int ld, const Acc* da, const Acc* qk, const Acc* decay, Acc scale, Acc* dgate,
+                                 int n);
   // inverse = (I + lower)^-1 for a strictly lower triangular matrix.
   void (*unit_lower_inverse)(Acc* inverse, int ldi, const Acc* lower, int ldl, int n);
 
@@ -118,6 +122,9 @@ struct Primitives {
   // r = kᵀ S, p = qᵀ S;  u = beta (v - decay r);  S = decay S + k uᵀ;  o = decay p + (q.k) u.
   void (*step_columns)(Acc* state, int64_t ld, const Acc* k, const Acc* q, const Acc* v, Acc decay, Acc beta, Acc* o,
                        int k_dim, int cols);
+  // The same where nothing is erased: S = decay S + k vᵀ;  o = qᵀ S.
+  void (*write_columns)(Acc* state, int64_t ld, const Acc* k, const Acc* q, const Acc* v, Acc decay, Acc* o, int k_dim,
+                        int cols);
 };
 
 // A table has a null `isa` where the compiler could not build it.

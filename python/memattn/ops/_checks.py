@@ -143,6 +143,46 @@ def cu_seqlens_values(op: str, x: Tensor, like: Tensor) -> None:
             raise ValueError(f"{op}: cu_seqlens falls from {a} to {b} at entry {n + 1}; it must not decrease")
 
 
+def value_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k [B, T, H, K] and v [B, T, HV, V] of one dtype and device, HV a multiple of H, K and V in 16..256."""
+    rank(op, "q", q, "[B, T, H, K]")
+    dtype(op, "q", q, FLOATS)
+    shape(op, "k", k, "[B, T, H, K]", q.shape)
+    rank(op, "v", v, "[B, T, HV, V]")
+    batch, length, heads, _ = q.shape
+    if v.shape[0] != batch or v.shape[1] != length:
+        shape(op, "v", v, "[B, T, HV, V]", (batch, length, *v.shape[2:]))
+    if heads == 0 or v.shape[2] == 0 or v.shape[2] % heads:
+        raise ValueError(f"{op}: v has {v.shape[2]} heads; expected a positive multiple of q's {heads} heads")
+    head_dim(op, "K", q.shape[3])
+    head_dim(op, "V", v.shape[3])
+    for name, x in (("k", k), ("v", v)):
+        dtype(op, name, x, (q.dtype,), " like q")
+        device(op, name, x, q, "q")
+
+
+def in_place(op: str, state: Tensor) -> None:
+    """A state that the op writes must be contiguous."""
+    if not state.is_contiguous():
+        raise ValueError(
+            f"{op}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous"
+        )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def inference_only(op: str, instead: str, *tensors: Tensor | None) -> None:
+    """A step has no gradient; `instead` has one."""
+    if needs_grad(*tensors):
+        raise RuntimeError(
+            f"{op}: an input requires grad; the step is for inference only, "
+            f"use {instead} or call it under torch.no_grad()"
+        )
+
+
 def state_indices(op: str, x: Tensor, batch: int, pool: int, like: Tensor) -> None:
     """One row of the state pool per batch row, −1 for padding: [B] int32/int64 with values −1..P−1."""
     state_indices_layout(op, x, batch, like)

@@ -142,10 +142,6 @@ def _check_like_x(op, name, index, x):
     check.device(op, name, index, x, "x")
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -190,7 +186,7 @@ def causal_conv1d(
         _PASSED.add(signature)
     if cu_seqlens is not None:
         check.cu_seqlens_values(OP, cu_seqlens, x)
-    train = _needs_grad(x, weight, bias, initial_state)
+    train = check.needs_grad(x, weight, bias, initial_state)
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens is not None else ())
     request = Request(x.device.type, x.dtype, (("W", weight.shape[1]),), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(x=x, weight=weight, bias=bias))
@@ -234,17 +230,10 @@ def causal_conv1d_step(
             _check_like_x(STEP, "state_indices", state_indices, x)
             check.state_indices_layout(STEP, state_indices, x.shape[0], x)
         _PASSED.add(signature)
-    if not state.is_contiguous():
-        raise ValueError(
-            f"{STEP}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous"
-        )
+    check.in_place(STEP, state)
     if state_indices is not None:
         check.state_indices_values(STEP, state_indices, state.shape[0])
-    if _needs_grad(x, weight, bias, state):
-        raise RuntimeError(
-            f"{STEP}: an input requires grad; the step is for inference only, "
-            "use causal_conv1d or call it under torch.no_grad()"
-        )
+    check.inference_only(STEP, OP, x, weight, bias, state)
     request = Request(x.device.type, x.dtype, (("W", weight.shape[1]),))
     name = backends.choose(STEP, request, backend, lambda: check.describe(x=x, weight=weight, bias=bias, state=state))
     if name == "chunked":

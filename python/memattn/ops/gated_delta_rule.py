@@ -23,6 +23,7 @@ from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
 from memattn.ops._library import Differentiable, define, define_differentiable, implement, resolve
+from memattn.ops._sequences import sequences, slots
 from memattn.reference import gated_delta_rule as reference
 
 OP, STEP = "gated_delta_rule", "gated_delta_rule_step"
@@ -40,17 +41,10 @@ _SETTINGS = "float scale, bool qk_l2norm, int chunk_size, int checkpoint_every"
 # --- the ops: schemas, shapes, gradients -----------------------------------------------------------------------------
 
 
-def slots(q: Tensor, cu_seqlens: Tensor | None, span: int):
-    """Number of chunk slots of `span` tokens. Packed sequence n from token a owns slots a//span + n + 0, 1, …"""
-    if cu_seqlens is None:
-        return q.shape[0] * ((q.shape[1] + span - 1) // span)
-    return q.shape[1] // span + cu_seqlens.shape[0] - 1
-
-
 def _fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, chunk_size, checkpoint_every, final, save):
     heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
     state = q.new_empty(0, dtype=reference.accumulate_dtype(q.dtype))
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = sequences(q, cu_seqlens)
     final_state = state.new_empty(n, heads, key_dim, value_dim) if final else state.new_empty(0)
     if not save:
         return torch.empty_like(v), final_state, state.new_empty(0), state.new_empty(0)
@@ -133,33 +127,17 @@ _STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 def _check_inputs(op, q, k, v, g, beta):
-    check.rank(op, "q", q, "[B, T, H, K]")
-    check.dtype(op, "q", q, check.FLOATS)
-    check.shape(op, "k", k, "[B, T, H, K]", q.shape)
-    check.rank(op, "v", v, "[B, T, HV, V]")
-    batch, length, heads, _ = q.shape
-    if v.shape[0] != batch or v.shape[1] != length:
-        check.shape(op, "v", v, "[B, T, HV, V]", (batch, length, *v.shape[2:]))
-    if heads == 0 or v.shape[2] == 0 or v.shape[2] % heads:
-        raise ValueError(f"{op}: v has {v.shape[2]} heads; expected a positive multiple of q's {heads} heads")
-    check.head_dim(op, "K", q.shape[3])
-    check.head_dim(op, "V", v.shape[3])
+    check.value_heads(op, q, k, v)
     state_dtype = reference.accumulate_dtype(q.dtype)
-    for name, x, allowed in (
-        ("k", k, (q.dtype,)),
-        ("v", v, (q.dtype,)),
-        ("g", g, (state_dtype,)),
-        ("beta", beta, (q.dtype, state_dtype)),
-    ):
+    for name, x, allowed in (("g", g, (state_dtype,)), ("beta", beta, (q.dtype, state_dtype))):
         if x is None:
             continue
         if name == "g" and isinstance(x, Tensor) and x.dim() == 4:
             raise NotImplementedError(
                 f"{op}: g has shape {list(x.shape)}; a gate per key channel has no kernel yet, allowed: [B, T, HV]"
             )
-        if name in ("g", "beta"):
-            check.shape(op, name, x, "[B, T, HV]", v.shape[:3])
-        check.dtype(op, name, x, allowed, " like q" if name in ("k", "v") else f" with {check.dtype_name(q.dtype)} q")
+        check.shape(op, name, x, "[B, T, HV]", v.shape[:3])
+        check.dtype(op, name, x, allowed, f" with {check.dtype_name(q.dtype)} q")
         check.device(op, name, x, q, "q")
 
 
@@ -181,10 +159,6 @@ def _check_state(op, name, state, n, q, v):
     check.shape(op, name, state, layout, (n, v.shape[2], q.shape[3], v.shape[3]))
     check.dtype(op, name, state, (reference.accumulate_dtype(q.dtype),), f" with {check.dtype_name(q.dtype)} q")
     check.device(op, name, state, q, "q")
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def gated_delta_rule(
@@ -239,15 +213,14 @@ def gated_delta_rule(
         if cu_seqlens is not None:
             check.cu_seqlens_layout(OP, cu_seqlens, q)
         if initial_state is not None:
-            n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            _check_state(OP, "initial_state", initial_state, n, q, v)
+            _check_state(OP, "initial_state", initial_state, sequences(q, cu_seqlens), q, v)
         _PASSED.add(signature)
     if g is not None:
         check.log_gate(OP, "g", g)
     if cu_seqlens is not None:
         check.cu_seqlens_values(OP, cu_seqlens, q)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    save = _needs_grad(q, k, v, g, beta, initial_state)
+    save = check.needs_grad(q, k, v, g, beta, initial_state)
     features = (("backward",) if save else ()) + (("packed",) if cu_seqlens is not None else ())
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g, beta=beta))
@@ -296,19 +269,12 @@ def gated_delta_rule_step(
         if state_indices is not None:
             check.state_indices_layout(STEP, state_indices, q.shape[0], q)
         _PASSED.add(signature)
-    if not state.is_contiguous():
-        raise ValueError(
-            f"{STEP}: state has strides {list(state.stride())}; it is updated in place, so it must be contiguous"
-        )
+    check.in_place(STEP, state)
     if g is not None:
         check.log_gate(STEP, "g", g)
     if state_indices is not None:
         check.state_indices_values(STEP, state_indices, state.shape[0])
-    if _needs_grad(q, k, v, g, beta, state):
-        raise RuntimeError(
-            f"{STEP}: an input requires grad; the step is for inference only, "
-            "use gated_delta_rule or call it under torch.no_grad()"
-        )
+    check.inference_only(STEP, OP, q, k, v, g, beta, state)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])))
     name = backends.choose(STEP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g, beta=beta, state=state))

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.reference.sequences import accumulate_dtype, on_pool_rows, per_sequence
+
 L2NORM_EPS = 1e-6
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of gates, states and sums: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _prepare(q, k, v, g, beta, scale, qk_l2norm):
@@ -30,18 +27,6 @@ def _prepare(q, k, v, g, beta, scale, qk_l2norm):
     g = v.new_zeros(v.shape[:3]) if g is None else g.to(dtype)
     beta = v.new_ones(v.shape[:3]) if beta is None else beta.to(dtype)
     return q, k, v, g, beta
-
-
-def _per_sequence(run, tensors, initial_state, cu_seqlens):
-    """Apply `run(*tensors, state)` to the batch, or to each packed sequence in turn."""
-    if cu_seqlens is None:
-        return run(*tensors, initial_state)
-    bounds = cu_seqlens.tolist()
-    parts = [
-        run(*(x[:, a:b] for x in tensors), initial_state[n : n + 1])
-        for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
-    ]
-    return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts], 0)
 
 
 def _initial(q, v, initial_state, cu_seqlens):
@@ -77,7 +62,7 @@ def loop(
             outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
         return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
 
-    o, state = _per_sequence(run, _prepare(q, k, v, g, beta, scale, qk_l2norm), state, cu_seqlens)
+    o, state = per_sequence(run, _prepare(q, k, v, g, beta, scale, qk_l2norm), state, cu_seqlens)
     return o.to(dtype), state.clone() if output_final_state else None
 
 
@@ -132,7 +117,7 @@ def chunked(
         o = torch.cat(outputs, 2)[:, :, :length].transpose(1, 2) if outputs else v.flatten(2, 3).transpose(1, 2)
         return o, state
 
-    o, state = _per_sequence(run, _prepare(q, k, v, g, beta, scale, qk_l2norm), state, cu_seqlens)
+    o, state = per_sequence(run, _prepare(q, k, v, g, beta, scale, qk_l2norm), state, cu_seqlens)
     return o.to(dtype), state.clone() if output_final_state else None
 
 
@@ -149,10 +134,8 @@ def step(
     qk_l2norm: bool = False,
 ) -> Tensor:
     """`loop` on rows of a state pool, written back in place; rows with index −1 give 0 and write nothing."""
-    rows = torch.arange(q.shape[0], device=q.device) if state_indices is None else state_indices.long()
-    live = (rows >= 0) & (rows < state.shape[0])
-    pool = state[rows.clamp(0, max(state.shape[0] - 1, 0))]
-    o, after = loop(q, k, v, g, beta, scale=scale, initial_state=pool, output_final_state=True, qk_l2norm=qk_l2norm)
-    if after is not None and bool(live.any()):
-        state[rows[live]] = after[live]
-    return torch.where(live[:, None, None, None], o, torch.zeros_like(o))
+
+    def run(pool):
+        return loop(q, k, v, g, beta, scale=scale, initial_state=pool, output_final_state=True, qk_l2norm=qk_l2norm)
+
+    return on_pool_rows(run, state, state_indices, q.shape[0])
