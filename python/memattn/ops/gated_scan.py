@@ -24,7 +24,7 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import Differentiable, define, define_differentiable, resolve
+from memattn.ops._library import Differentiable, define, define_differentiable, implement, resolve
 from memattn.reference import gated_scan as reference
 
 OP, STEP = "gated_scan", "gated_scan_step"
@@ -95,18 +95,36 @@ STEP_SCHEMA = (
     "(Tensor g, Tensor x, Tensor(a!) state, Tensor? restart, Tensor? state_indices, bool ema) -> Tensor"  # one payload
 )
 
+
+def _triton_forward():
+    from memattn.kernels import gated_scan
+
+    return gated_scan.forward
+
+
+def _triton_backward():
+    from memattn.kernels import gated_scan
+
+    return gated_scan.backward
+
+
 define_differentiable(f"{OP}_cpu", FAMILY)
+define_differentiable(f"{OP}_triton", FAMILY)
+implement(f"{OP}_triton", _triton_forward)
+implement(f"{OP}_triton_backward", _triton_backward)
 define(f"{STEP}_cpu", STEP_SCHEMA, lambda g, x, *rest: x.new_empty(g.shape))
 
 _TRAINING = frozenset({"backward", "packed"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_TRAINING))
 backends.register(OP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, features=_TRAINING))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(STEP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always))
 
 _PASSED = check.Passed()
-_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu",)}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 _STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu",)}
 
 
@@ -241,7 +259,7 @@ def gated_scan(
     Returns (ys, ends, final_state), each None if not asked for, else a tensor where xs is one and a tuple where xs is
     a tuple. ys [B, T, D] in xs' dtype. ends: ys at the last token of each chunk, a ragged last one included,
     [B, ⌈T/L⌉, D]; or packed [1, T//L + N, D], where chunk c of sequence n is in slot cu_seqlens[n]//L + n + c and
-    unused slots hold 0. final_state [N, D] is the last row in float32 (float64), not yet restarted. To continue a sequence
+    unused slots hold 0. final_state [N, D] is the last row in float32 (float64), not yet restarted. To continue one
     inside a chunk, run the rest of that chunk from final_state without chunk_size; at a chunk's end, start afresh.
 
     Differentiable once in g, xs and initial_state, through all results. NaN and inf propagate forward within their
