@@ -9,10 +9,18 @@
 #include <type_traits>
 
 #include "../common/checks.h"
+#include "dispatch.h"
 #include "isa/conv_rows.h"
 
 namespace memattn::conv {
 namespace {
+
+using rows::accumulate_type;
+using rows::dispatch;
+using rows::load;
+using rows::store;
+using rows::target;
+using rows::view;
 
 constexpr int64_t kTokens = 128;
 constexpr int64_t kChannels = 256;        // rows of 1 KiB: all that a backward task keeps at hand fits a 32 KiB cache
@@ -23,36 +31,6 @@ template <class A>
 constexpr A kZeros[kChannels] = {};
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// --- rows of memory to rows of the accumulate type -------------------------------------------------------------------
-
-template <class A>
-void load(const RowTable<A>&, A* out, const A* in, int64_t n) {
-  std::copy_n(in, n, out);
-}
-void load(const RowTable<float>& table, float* out, const BFloat16* in, int64_t n) { table.from_bfloat16(out, in, n); }
-void load(const RowTable<float>& table, float* out, const Half* in, int64_t n) { table.from_half(out, in, n); }
-
-template <class A>
-void store(const RowTable<A>&, A* out, const A* in, int64_t n) {
-  if (out != in) std::copy_n(in, n, out);
-}
-void store(const RowTable<float>& table, BFloat16* out, const float* in, int64_t n) { table.to_bfloat16(out, in, n); }
-void store(const RowTable<float>& table, Half* out, const float* in, int64_t n) { table.to_half(out, in, n); }
-
-// `in` itself where it needs no conversion, else its copy in `scratch`.
-template <class A, class S>
-const A* view(const RowTable<A>& table, A* scratch, const S* in, int64_t n) {
-  if constexpr (std::is_same_v<A, S>) return in;
-  else return load(table, scratch, in, n), scratch;
-}
-
-// Where to compute a row that store() then puts in place.
-template <class A, class S>
-A* target(A* scratch, S* out) {
-  if constexpr (std::is_same_v<A, S>) return out;
-  else return scratch;
-}
 
 // weight or bias: of the accumulate type, or of x's.
 template <class A, class S>
@@ -383,19 +361,6 @@ void step(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
 }
 
 // --- the ops ---------------------------------------------------------------------------------------------------------
-
-// Calls f with values of the accumulate type and of x's type.
-template <class F>
-void dispatch(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(float{}, BFloat16{});
-    case ScalarType::Half: return f(float{}, Half{});
-    default: return f(float{}, float{});
-  }
-}
-
-ScalarType accumulate_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 // weight or bias: x's dtype, or the accumulate type beside 16-bit x.
 template <class T>

@@ -16,7 +16,7 @@ namespace memattn::conv {
 
 const RowTable<float> kRowsPortable = portable::table;
 const RowTable<double> kRowsPortableDouble = {
-    nullptr, nullptr, nullptr, nullptr, portable::taps<double>, portable::silu<double>,
+    {}, portable::taps<double>, portable::silu<double>,
     portable::silu_slope<double>, portable::add_products<double>, portable::step<double>};
 
 template <>

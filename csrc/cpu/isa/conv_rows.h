@@ -2,26 +2,14 @@
 // A: the accumulate type, float or double. A row is `n` adjacent channels of one token.
 #pragma once
 
-#include <cstdint>
+#include "float_rows.h"
 
 namespace memattn::conv {
-
-// 16-bit floats as they lie in memory; arithmetic on them happens after conversion.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 constexpr int kMaxWidth = 4;
 
 template <class A>
-struct RowTable {
-  void (*from_bfloat16)(A* out, const BFloat16* in, int64_t n);
-  void (*from_half)(A* out, const Half* in, int64_t n);
-  void (*to_bfloat16)(BFloat16* out, const A* in, int64_t n);
-  void (*to_half)(Half* out, const A* in, int64_t n);
+struct RowTable : rows::Conversions<A> {
   // z = start + Σ_w weights[w * stride] · rows[w], rows oldest first
   void (*taps)(A* z, const A* const* rows, const A* weights, int64_t stride, const A* start, int width, int64_t n);
   void (*silu)(A* z, int64_t n);                   // z = z σ(z)

@@ -2,6 +2,7 @@
 
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "causal_conv1d_step",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "gated_scan",
+    "gated_scan_step",
     "linear_attention",
     "linear_attention_step",
 ]
