@@ -4,7 +4,7 @@
 
 #include "../common/checks.h"
 #include "../common/sequences.h"
-#include "isa/primitives.h"
+#include "blocks.h"
 #include "parallel.h"
 
 #include <cmath>
@@ -54,31 +54,6 @@ Acc reciprocal_or_zero(Acc denominator) {
 
 inline constexpr double kL2NormEps = 1e-6;
 
-inline Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    case ScalarType::Double: return Element::f64;
-    default: return Element::f32;
-  }
-}
-
-inline int64_t bytes_of(Element element) { return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2; }
-
-inline const void* offset(const void* base, Element element, int64_t index) {
-  return static_cast<const char*>(base) + index * bytes_of(element);
-}
-inline void* offset(void* base, Element element, int64_t index) {
-  return static_cast<char*>(base) + index * bytes_of(element);
-}
-
-inline ScalarType state_dtype(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-template <class Acc>
-constexpr Element element_of_accumulate() {
-  return sizeof(Acc) == 8 ? Element::f64 : Element::f32;
-}
-
 DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& g, const std::optional<Tensor>& beta,
                          const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
@@ -110,21 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
     const char* op, const DeltaRule& rule, const BackwardInputs& given, const Tensor& q, const Tensor& k, const Tensor& v,
     const std::optional<Tensor>& g, const std::optional<Tensor>& beta, const std::optional<Tensor>& initial_state);
 
-// Calls run(table) with the table whose operand type serves `type`: products of float16, and of bfloat16 on a processor
-// without bf16 products, have float operands.
-template <class Run>
-auto with_primitives(ScalarType type, Run&& run) {
-  if (type == ScalarType::Double) return run(*primitives<double>());
-  if (const auto* table = primitives<bf16>(); table != nullptr && type == ScalarType::BFloat16) return run(*table);
-  return run(*primitives<float>());
-}
-
 // --- blocks ---
-
-inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
-// Leading dimension of a block: an odd number of cache lines, so that a column panel is spread over all L1 sets.
-inline int leading(int cols) { return ((cols + 15) / 16 | 1) * 16; }
 
 struct BlockSizes {
   int unit, chunk, key_dim, value_dim;  // padded to `unit`
@@ -144,45 +105,6 @@ struct BlockSizes {
   // Size of a block that only the erase term needs.
   int64_t if_erasing(int64_t size) const { return erases ? size : 0; }
 };
-
-// Operands: rows of accumulate type serve directly where E is that type, and are packed into `buffer` where it is not.
-template <class E>
-inline constexpr bool needs_packing = !std::is_same_v<E, AccumulateOf<E>>;
-
-template <class E>
-int64_t packed_size(int64_t rows, int64_t ld) {
-  return needs_packing<E> ? rows * ld : 0;
-}
-
-template <class E>
-Left<E> as_left(const Primitives<E>& isa, E* buffer, const AccumulateOf<E>* x, int ldx, int rows, int cols) {
-  if constexpr (needs_packing<E>) {
-    isa.pack_left(buffer, ldx, x, ldx, rows, cols);
-    return {buffer, ldx, OperandTraits<E>::group};
-  } else {
-    return {x, ldx, 1};
-  }
-}
-
-template <class E>
-Right<E> as_right(const Primitives<E>& isa, E* buffer, const AccumulateOf<E>* x, int ldx, int rows, int cols) {
-  if constexpr (needs_packing<E>) {
-    isa.pack_right(buffer, ldx, x, ldx, nullptr, rows, cols);
-    return {buffer, ldx};
-  } else {
-    return {x, ldx};
-  }
-}
-
-template <class E>
-Right<E> rows_from(Right<E> b, int row) {  // row is a multiple of the group
-  return {b.data + int64_t{row} * b.ld, b.ld};
-}
-
-template <class E>
-Left<E> rows_from(Left<E> a, int row) {
-  return {a.data + row * a.row, a.row, a.step};
-}
 
 // Rows that the next chunk will read. Heads are interleaved in memory, so every row lies in another page and no
 // hardware prefetcher follows; the chunk at hand asks for them a few at a time, between its products.

@@ -1,9 +1,11 @@
 // Every primitive, written once over a vector type V and a product type D. Included inside the anonymous namespace and
 // the target region of each table's file, after that file has included <cmath>, <cstdint> and <cstring>; it includes
-// nothing but its own second part, and calls no function template of std: the linker could pick a copy compiled for AVX for everyone.
+// nothing but its own other parts (steps, softmax), and calls no function template of std: the linker could pick a copy
+// compiled for AVX for everyone.
 //
 // V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab,
-//    sum, exp, first(x, n) = the first n lanes of x and zero, transpose(rows); for float also load/store bf16 and f16.
+//    max, largest (lane), sum, exp, first(x, n) = the first n lanes of x and zero, transpose(rows); for float also
+//    load/store bf16 and f16.
 // D: E, Vec = V, Wide (a register of right-operand elements), broadcast(pointer to a group), load, mac(c, a, b).
 
 template <class V>
@@ -351,6 +353,8 @@ static void exp_row(ScalarOf<V>* dst, const ScalarOf<V>* x, int count) {
   for (int j = 0; j < count; j += V::lanes) V::store(dst + j, V::exp(V::load(x + j)));
 }
 
+#include "softmax.inl.h"
+
 // --- the C x C part of a chunk ---
 
 template <class V>
@@ -512,6 +516,8 @@ static constexpr Primitives<typename D::E> make_table(const char* isa) {
   table.residual_rows = residual_rows<V>;
   table.dot_rows = dot_rows<V>;
   table.exp_row = exp_row<V>;
+  table.softmax_rows = softmax_rows<V>;
+  table.softmax_rows_backward = softmax_rows_backward<V>;
   table.decay_matrix = decay_matrix<V>;
   table.chunk_scores = chunk_scores<V>;
   table.chunk_scores_backward = chunk_scores_backward<V>;

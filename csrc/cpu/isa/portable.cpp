@@ -27,6 +27,12 @@ struct PortableVec {
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static S largest(Reg x) {
+    S top = x[0];
+    for (int i = 1; i < lanes; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+  }
   static S sum(Reg x) {
     S total = 0;
     for (int i = 0; i < lanes; ++i) total += x[i];

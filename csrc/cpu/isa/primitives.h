@@ -64,6 +64,13 @@ enum class Part {
   lower_c,  // C(i, c) is read by nobody for c > i (what is left there is unspecified)
 };
 
+// What a score gains besides its product: (row_i - key_j), each as high + low so that a difference of large sums keeps
+// its small part. All null: nothing.
+template <class Acc>
+struct PairBias {
+  const Acc *row_high, *row_low, *key_high, *key_low;
+};
+
 template <class E>
 struct Primitives {
   using Acc = AccumulateOf<E>;
@@ -101,6 +108,14 @@ struct Primitives {
   void (*dot_rows)(Acc* out, const Acc* x, int ldx, const Acc* y, int ldy, int rows, int width);     // out = <x, y>
 
   void (*exp_row)(Acc* dst, const Acc* x, int count);
+
+  // With x = scale s + bias [rows, width] and most' = max(most, x): shrink = exp(most - most'), s = exp(x - most'),
+  // sum = shrink sum + the new row's sum. Scores of -inf weigh nothing, also in a row that has no others.
+  void (*softmax_rows)(Acc* s, int ld, Acc scale, PairBias<Acc> bias, Acc* most, Acc* sum, Acc* shrink, int rows,
+                       int width);
+  // s becomes p = exp(scale s + bias - lse), and dp becomes p (dp - delta).
+  void (*softmax_rows_backward)(Acc* s, Acc* dp, int ld, Acc scale, PairBias<Acc> bias, const Acc* lse,
+                                const Acc* delta, int rows, int width);
 
   // decay [n, n] = exp(G_i - G_j) for j <= i, else 0, with G = high + low. Masked before exp.
   void (*decay_matrix)(Acc* decay, int ld, const Acc* high, const Acc* low, int n);

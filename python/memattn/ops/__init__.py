@@ -1,17 +1,23 @@
 """The ops: one file each, with equation, shapes, errors and source in its docstring."""
 
+from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
+from memattn.ops.merge_states import gated_combine, merge_states
 
 __all__ = [
+    "AttentionOutput",
+    "attention",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_combine",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_scan",
     "gated_scan_step",
     "linear_attention",
     "linear_attention_step",
+    "merge_states",
 ]

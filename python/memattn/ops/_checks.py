@@ -112,35 +112,33 @@ def log_gate(op: str, name: str, g: Tensor) -> None:
         raise ValueError(f"{op}: {name} has a value of {highest:.6g}; a natural-log decay must be ≤ 0")
 
 
-def cu_seqlens(op: str, x: Tensor, like: Tensor) -> None:
+def cu_seqlens(op: str, x: Tensor, like: Tensor, name: str = "cu_seqlens") -> None:
     """Packed sequence bounds: [N+1] int32/int64, 0 = x[0] ≤ x[1] ≤ … ≤ x[N] = T, with B = 1."""
-    cu_seqlens_layout(op, x, like)
-    cu_seqlens_values(op, x, like)
+    cu_seqlens_layout(op, x, like, name)
+    cu_seqlens_values(op, x, like, name)
 
 
-def cu_seqlens_layout(op: str, x: Tensor, like: Tensor) -> None:
+def cu_seqlens_layout(op: str, x: Tensor, like: Tensor, name: str = "cu_seqlens") -> None:
     """The part of `cu_seqlens` that reads no values."""
-    rank(op, "cu_seqlens", x, "[N+1]")
-    dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
-    device(op, "cu_seqlens", x, like, "q")
+    rank(op, name, x, "[N+1]")
+    dtype(op, name, x, (torch.int32, torch.int64))
+    device(op, name, x, like, "q")
     if x.shape[0] < 2:
-        raise ValueError(f"{op}: cu_seqlens has {x.shape[0]} entries; expected N+1 ≥ 2")
+        raise ValueError(f"{op}: {name} has {x.shape[0]} entries; expected N+1 ≥ 2")
     if like.shape[0] != 1:
-        raise ValueError(f"{op}: batch size is {like.shape[0]} with cu_seqlens; packed sequences need batch size 1")
+        raise ValueError(f"{op}: batch size is {like.shape[0]} with {name}; packed sequences need batch size 1")
 
 
-def cu_seqlens_values(op: str, x: Tensor, like: Tensor) -> None:
+def cu_seqlens_values(op: str, x: Tensor, like: Tensor, name: str = "cu_seqlens") -> None:
     """The part of `cu_seqlens` that reads values."""
     if not values_checked(x):
         return
     bounds = x.tolist()
     if bounds[0] != 0 or bounds[-1] != like.shape[1]:
-        raise ValueError(
-            f"{op}: cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {like.shape[1]}"
-        )
+        raise ValueError(f"{op}: {name} runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {like.shape[1]}")
     for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if b < a:
-            raise ValueError(f"{op}: cu_seqlens falls from {a} to {b} at entry {n + 1}; it must not decrease")
+            raise ValueError(f"{op}: {name} falls from {a} to {b} at entry {n + 1}; it must not decrease")
 
 
 def value_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:

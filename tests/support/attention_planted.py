@@ -1,0 +1,64 @@
+"""Planted bugs: the plain-torch attention with one wrong line each. The relations must catch every one of them."""
+
+# ruff: noqa: E501 (tables, one case a line)
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable
+
+from memattn.reference import attention, attention_mask
+
+SOURCES = (inspect.getsource(attention_mask), inspect.getsource(attention))
+# Where: what is there -> what is put in its place.
+BUGS = {
+    "causal mask strict": ("seen & (j <= i)", "seen & (j < i)"),
+    "causal mask one ahead": ("seen & (j <= i)", "seen & (j <= i + 1)"),
+    "window without the query itself": ("seen & (i - j < self.window)", "seen & (i - j <= self.window)"),
+    "window ignored": ("seen & (i - j < self.window)", "seen"),
+    "range of the window one short": ("max(begin, i - self.window + 1)", "max(begin, i - self.window + 2)"),
+    "prefix bound by the window": ("return seen | (j < self.prefix_len)", "return seen"),
+    "prefix one long": ("return seen | (j < self.prefix_len)", "return seen | ((j <= self.prefix_len) & (self.prefix_len > 0))"),
+    "summary of the open chunk seen": ("seen & (i // sizes[0] > j)", "seen & (i // sizes[0] >= j)"),
+    "block-causal is block-local": ("ahead >= 0 if", "ahead == 0 if"),
+    "block-local sees earlier blocks": ("else ahead == 0", "else ahead >= 0"),
+    "block-causal looks ahead": ("ahead >= 0 if", "ahead >= -1 if"),
+    "dilated grid shifted": ("(j + 1) % dilation == 0", "j % dilation == 0"),
+    "dilated window one long": ("(i - j < window) |", "(i - j <= window) |"),
+    "dilated prefix ignored": ("(i - j < window) | (j < prefix)", "(i - j < window)"),
+    "partial tile called full": ("end <= least[1] and not thinned", "end <= most[1] and not thinned"),
+    "q_offset left out of the mask": ("mask.visible(i[a:b, None], j[columns])", "mask.visible(row[a:b, None], j[columns])"),
+    "q_offset left out of the decay": ("_decays(decay, i, sequence_q", "_decays(decay, row, sequence_q"),
+    "decay reversed": ("(decay_q[..., :, None] - decay_k[..., None, :])", "(decay_k[..., None, :] - decay_q[..., :, None])"),
+    "decay summed in float32": ("log_decay.double().cumsum(1)", "log_decay.float().cumsum(1).double()"),
+    "decay rounded before the difference": ("(decay_q[..., :, None] - decay_k[..., None, :]).to(s.dtype)", "(decay_q[..., :, None].to(s.dtype) - decay_k[..., None, :].to(s.dtype))"),
+    "alibi from the end": ("slopes = -position[:, None]", "slopes = position[:, None]"),
+    "sink ignored": ("s = torch.cat([sink[..., None, None].expand(*s.shape[:-1], 1), s], -1)", "s = torch.cat([s[..., :1] * 0 - torch.inf, s], -1)"),
+    "first of several sinks only": ("sink.to(dtype).logsumexp(-1)", "sink.to(dtype)[:, 0]"),
+    "sink in the output, not in lse": ("return p @ v, lse.masked_fill(empty, -torch.inf)", "return p @ v, s[..., 0 if sink is None else 1:].logsumexp(-1)"),
+    "lse in base 2": ("lse.masked_fill(empty, -torch.inf)", "lse.masked_fill(empty, -torch.inf) / 0.6931471805599453"),
+    "lse detached": ("lse.masked_fill(empty, -torch.inf)", "lse.detach().masked_fill(empty, -torch.inf) + 0 * s.sum(-1).nan_to_num()"),
+    "empty rows not guarded": ("lse = s.masked_fill(empty[..., None], 0.0).logsumexp(-1)", "lse = s.logsumexp(-1)"),
+    "heads tiled for gqa": ('x if head_map == "gqa" else', 'x if head_map == "tile" else'),
+    "keys of the wrong head": ('    if head_map == "gqa":\n        return x.unflatten', '    if head_map != "gqa":\n        return x.unflatten'),
+    "packed sequences leak": ("(sequence_q[a:b, None] == sequence_k) &", "(sequence_q[a:b, None] >= sequence_k) &"),
+    "packed positions run on": ("return token - bounds.long()[sequence], sequence", "return token, sequence"),
+    "scale ignored": ("if scale is None else scale)", "if True else scale)"),
+    "weights in bfloat16": ("return p @ v,", "return p.bfloat16().to(p.dtype) @ v,"),
+    "v overwritten": ("outputs, lses = [], []\n    for a", "v.requires_grad or v.mul_(1.001)\n    outputs, lses = [], []\n    for a"),
+    "last block of queries lost": ("o, lse = torch.cat(outputs, 3)", "outputs[1:] = [0 * x for x in outputs[1:]]; o, lse = torch.cat(outputs, 3)"),
+}  # fmt: skip
+
+
+def planted(bug: str) -> Callable:
+    """`chunked` with `bug`; fails when the line it changes is gone."""
+    old, new = BUGS[bug]
+    if not any(old in source for source in SOURCES):
+        raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")
+    name = "planted_attention"
+    sys.modules[name] = module = types.ModuleType(name)  # dataclasses look their module up
+    for source in SOURCES:
+        source = source.replace("from memattn.reference.attention_mask import Mask\n", "")
+        exec(compile(source.replace(old, new), f"<planted: {bug}>", "exec"), module.__dict__)
+    return module.chunked
