@@ -24,6 +24,7 @@ from memattn.kernels.checks import require
 SHORT = 128  # tokens of a chunk
 TILES = {True: {"ROWS": 4, "BLOCK_D": 64, "num_warps": 4}, False: {"ROWS": 1, "BLOCK_D": 32, "num_warps": 1}}
 LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
+BACKWARD_REGISTERS = 128  # left alone, ptxas may spill to fit more blocks on a multiprocessor
 RUN_TIME = ["T", "N", "slots", "steps", "L", "D"]
 
 
@@ -331,7 +332,7 @@ def backward(
         )  # fmt: skip
         backward_kernel[grid](
             *cotangents, g, *payloads, *states, cu_seqlens, *histories, dg, *wides, *dinitials, EMA=ema, **flags,
-            **shared,
+            **shared, maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     dxs = [x.new_empty(0) if p is None else _over_tiles(w, p) for p, w in zip(payloads, wides, strict=True)]
     return dg, *dxs, *dinitials

@@ -32,7 +32,7 @@ def case(batch: int, length: int, dim: int, chunk: int | None = None) -> Case:
 
 
 CPU = {
-    "training": (case(2, 4096, 2048, 16), case(2, 4096, 2048)),
+    "training": (case(1, 4096, 2048, 16), case(1, 4096, 2048)),
     "long": (),
     "decode": (case(8, 1, 8192),),
 }
