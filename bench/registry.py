@@ -19,7 +19,7 @@ MODES = ("fwd", "fwdbwd", "step")
 # call: so small that the time is what a call costs; on a GPU the host's time.
 GROUPS = ("training", "long", "decode", "decode-cached", "call")
 CACHED_GROUPS = ("decode-cached", "call")
-OPS = ("gated_delta_rule", "causal_conv1d")
+OPS = ("gated_delta_rule", "causal_conv1d", "attention")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Inputs = dict[str, Any]

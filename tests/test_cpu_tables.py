@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import attention
 from support.cases import BASE
 from support.compare import CEILING, assert_close_to_truth, evaluate, relative_error, to_float64
 
@@ -159,6 +160,7 @@ def emulated_amx(tmp_path_factory):
     flags += [f'-DMEMATTN_AMX_EMULATION="{ROOT / "tests/support/amx_emulation.h"}"']
     cpu = ROOT / "csrc" / "cpu"
     sources = [cpu / "gated_delta_rule.cpp", cpu / "gated_delta_rule_backward.cpp", cpu / "isa/portable.cpp"]
+    sources += [cpu / "attention.cpp", cpu / "attention_backward.cpp"]
     sources += [cpu / "isa/amx.cpp", ROOT / "tests/support/amx_select.cpp"]
     running = [
         subprocess.Popen([compiler, *flags, "-c", str(s), "-o", str(folder / f"{s.stem}.o")], stderr=subprocess.PIPE)
@@ -179,3 +181,12 @@ def test_amx_table_in_software(emulated_amx, tmp_path):
     _, results = run_jobs(tmp_path, jobs, library=emulated_amx)
     for case, actual in zip(CASES, results, strict=True):
         check_training(case, dtype, actual)
+
+
+def test_attention_on_the_amx_table_in_software(emulated_amx, tmp_path):
+    names = ("prefix", "dilated", "sink", "decay", "many heads", "packed window", "scale")
+    cases = [c for c in attention.CASES if c.name in names]
+    jobs = [("attend", (c.make(torch.bfloat16),)) for c in cases]
+    _, results = run_jobs(tmp_path, jobs, library=emulated_amx)
+    for case, actual in zip(cases, results, strict=True):
+        attention.judge(case, torch.bfloat16, actual, definition=attention.reference.chunked)

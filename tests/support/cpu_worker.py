@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from memattn import _native
-from memattn.ops import gated_delta_rule, gated_delta_rule_step
+from memattn.ops import attention, gated_delta_rule, gated_delta_rule_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.attention import evaluate as evaluate_attention  # noqa: E402
 from support.compare import evaluate  # noqa: E402
 
 
@@ -27,6 +28,11 @@ def gradient_op(chunk_size):
 def train(inputs, chunk_size):
     """Outputs and every gradient."""
     return evaluate(gradient_op(chunk_size), inputs)
+
+
+def attend(inputs):
+    """o, lse and every gradient of attention."""
+    return evaluate_attention(functools.partial(attention, backend="cpu"), inputs)
 
 
 def decode(inputs):
@@ -78,7 +84,7 @@ def resident(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-KINDS = {f.__name__: f for f in (train, decode, train_rows, peak_scratch)}
+KINDS = {f.__name__: f for f in (train, attend, decode, train_rows, peak_scratch)}
 
 
 def main(jobs, results, library=None):
