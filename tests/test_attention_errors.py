@@ -179,7 +179,14 @@ def test_named_backend_that_cannot_serve_lists_every_reason():
 def test_checks_remembered_for_one_call_do_not_pass_another():
     inputs = CASE.make()
     attention(**inputs)
-    for change in (dict(window=0), dict(causal="block"), dict(head_map="no"), dict(scale=-1.0), dict(q_offset=-3)):
+    for change in (
+        dict(window=0),
+        dict(causal=1),
+        dict(causal="block"),
+        dict(head_map="no"),
+        dict(scale=-1.0),
+        dict(q_offset=-3),
+    ):
         with pytest.raises(ValueError):
             attention(**inputs, **change)
     with pytest.raises(ValueError, match="log_decay has a value of 0.25"):

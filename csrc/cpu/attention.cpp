@@ -1,8 +1,8 @@
 // Attention, forward:  o_i = Σ_j e^{s_ij - ℓ_i} v_j,  s_ij = scale q_i·k_j + c_i - c_j,  ℓ_i = log Σ_j e^{s_ij}.
 //
-// A task is a tile of queries of all heads that read one key head. It passes over the tiles of keys that any of its rows
-// sees, each loaded once for the whole group, with the running maximum and sum of an online softmax per row; a sink is
-// where that starts. Only rows that see a tile take part in its products.
+// A task is a tile of queries of all heads that read one key head. It passes over the tiles of keys that any of its
+// rows sees, each loaded once for the whole group, with the running maximum and sum of an online softmax per row; a
+// sink is where that starts. Only rows that see a tile take part in its products.
 #include "attention.h"
 
 #include <tuple>
@@ -107,7 +107,8 @@ class Forward {
   void start(QueryRows<E>& head, int64_t sequence, int64_t h, int64_t first, int64_t last) const {
     const int rows = static_cast<int>(last - first);
     const int64_t token = a_.queries.start(sequence) + first;
-    load_head(isa_, head.rows, s_.ld_key, s_.queries, s_.key_dim, a_.q, a_.element, token, a_.heads, h, rows, a_.key_dim);
+    load_head(isa_, head.rows, s_.ld_key, s_.queries, s_.key_dim, a_.q, a_.element, token, a_.heads, h, rows,
+              a_.key_dim);
     head.left = as_left(isa_, head.buffer, head.rows, s_.ld_key, s_.queries, s_.key_dim);
     std::fill(head.out, head.out + int64_t{s_.queries} * s_.ld_value, Acc(0));
     const Acc sink = a_.sink_of<Acc>(h);
@@ -146,8 +147,9 @@ class Forward {
     const int64_t token = a_.queries.start(sequence) + first;
     for (int i = 0; i < rows; ++i) {
       const Acc sum = head.sum[i];
-      lse_[(token + i) * a_.heads + h] = sum == 0 ? -std::numeric_limits<Acc>::infinity() : head.most[i] + std::log(sum);
-      head.sum[i] = sum == 0 ? Acc(0) : 1 / sum;
+      const bool empty = sum == 0;
+      lse_[(token + i) * a_.heads + h] = empty ? -std::numeric_limits<Acc>::infinity() : head.most[i] + std::log(sum);
+      head.sum[i] = empty ? Acc(0) : 1 / sum;
     }
     isa_.store_rows(offset(o_, a_.element, (token * a_.heads + h) * a_.value_dim), a_.element, a_.heads * a_.value_dim,
                     head.out, s_.ld_value, head.sum, rows, a_.value_dim);
@@ -206,13 +208,16 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
     if (size < 0) fail(op, "sizes of the mask must not be negative; got ", size);
   }
   if (s.causal < 0 || s.causal > 2) fail(op, "causal must be 0, 1 or 2; got ", s.causal);
-  if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value()) fail(op, "cu_seqlens must be given for both or none of q, k");
+  if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value()) {
+    fail(op, "cu_seqlens must be given for both or none of q, k");
+  }
 
   Attention a{};
   const bool packed = cu_seqlens_q.has_value();
   a.queries = packed ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens_q, b, q.size(1)))
                      : SequenceLayout::batch(b, q.size(1));
-  a.keys = packed ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens_k, b, keys)) : SequenceLayout::batch(b, keys);
+  a.keys =
+      packed ? SequenceLayout::packed(read_cu_seqlens(op, *cu_seqlens_k, b, keys)) : SequenceLayout::batch(b, keys);
   if (a.queries.count() != a.keys.count()) {
     fail(op, "cu_seqlens must have as many sequences of k as of q; got ", a.keys.count(), " and ", a.queries.count());
   }

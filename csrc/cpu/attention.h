@@ -68,8 +68,8 @@ struct AttentionSizes {
 template <class E>
 void load_head(const Primitives<E>& isa, AccumulateOf<E>* x, int ld, int padded_rows, int width, const void* base,
                Element element, int64_t token, int64_t heads, int64_t head, int rows, int dim) {
-  isa.load_rows(x, ld, padded_rows, width, offset(base, element, (token * heads + head) * dim), element, heads * dim, rows,
-                dim);
+  const void* from = offset(base, element, (token * heads + head) * dim);
+  isa.load_rows(x, ld, padded_rows, width, from, element, heads * dim, rows, dim);
 }
 
 // The cumulative decay of `rows` rows of one head, as high + low; 0 in the padding.

@@ -210,7 +210,8 @@ class Backward {
       load_head(isa_, t.rows, s_.ld_value, kRows, s_.value_dim, g_.d_o, a_.element, token, a_.heads, h, rows,
                 a_.value_dim);
       head.d_o.pack(isa_, first, t.rows, kRows, s_.value_dim);
-      load_head(isa_, t.out, s_.ld_value, kRows, s_.value_dim, g_.o, a_.element, token, a_.heads, h, rows, a_.value_dim);
+      load_head(isa_, t.out, s_.ld_value, kRows, s_.value_dim, g_.o, a_.element, token, a_.heads, h, rows,
+                a_.value_dim);
       isa_.dot_rows(head.delta + first, t.rows, s_.ld_value, t.out, s_.ld_value, kRows, s_.value_dim);
       for (int i = 0; i < kRows; ++i) {
         const int64_t at = (token + i) * a_.heads + h;
@@ -226,8 +227,8 @@ class Backward {
       std::fill(head.dq + first * s_.ld_key, head.dq + (first + kRows) * s_.ld_key, Acc(0));
       if (!a_.decay) continue;
       std::fill(head.row_sums + first, head.row_sums + first + kRows, Acc(0));
-      load_decay(head.high + first, head.low + first, a_, a_.keys.start(item.sequence) + first + a_.mask.q_offset, h, rows,
-                 kRows);
+      const int64_t at = a_.keys.start(item.sequence) + first + a_.mask.q_offset;
+      load_decay(head.high + first, head.low + first, a_, at, h, rows, kRows);
     }
   }
 
@@ -257,8 +258,8 @@ class Backward {
     }
     if (want.keys) {
       const int64_t at = (a_.keys.start(item.sequence) + begin) * a_.key_heads + item.key_head;
-      isa_.store_rows(offset(g_.dk, a_.element, at * a_.key_dim), a_.element, a_.key_heads * a_.key_dim, t.dk, s_.ld_key,
-                      t.scales, t.keys.count, a_.key_dim);
+      isa_.store_rows(offset(g_.dk, a_.element, at * a_.key_dim), a_.element, a_.key_heads * a_.key_dim, t.dk,
+                      s_.ld_key, t.scales, t.keys.count, a_.key_dim);
       isa_.store_rows(offset(g_.dv, a_.element, at * a_.value_dim), a_.element, a_.key_heads * a_.value_dim, t.dv,
                       s_.ld_value, nullptr, t.keys.count, a_.value_dim);
     }
@@ -275,7 +276,9 @@ class Backward {
                                head.lse + row, head.delta + row, n, width);
   }
 
-  void add(HeadRows<E>& head, int64_t row, int n, Right<E> key_rows, const Want& want, BackwardTemporaries<E>& t) const {
+  // What n rows give to dV, dK and dQ.
+  void add(HeadRows<E>& head, int64_t row, int n, Right<E> key_rows, const Want& want,
+           BackwardTemporaries<E>& t) const {
     const int width = t.keys.width, ld = s_.ld_scores;
     if (want.keys) {
       const Right<E> p = as_right(isa_, t.p_operand, t.p, ld, n, width);
@@ -328,8 +331,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor d_o, std::optional<Tensor> d_lse, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
     std::optional<Tensor> sink, std::optional<Tensor> decay, std::optional<Tensor> cu_seqlens_q,
     std::optional<Tensor> cu_seqlens_k, int64_t causal, int64_t window, int64_t prefix_len, int64_t block_size,
-    int64_t summary, int64_t dilation, int64_t dilated_window, int64_t dilated_prefix, int64_t q_offset, bool tile_heads,
-    double scale) {
+    int64_t summary, int64_t dilation, int64_t dilated_window, int64_t dilated_prefix, int64_t q_offset,
+    bool tile_heads, double scale) {
   const Attention a = read_arguments(kOp, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k,
                                      {causal, window, prefix_len, block_size, summary, dilation, dilated_window,
                                       dilated_prefix, q_offset, tile_heads, scale});

@@ -143,9 +143,9 @@ class FlashBlock(torch.autograd.Function):
     """`reference._block` with the kernels' backward: P again from the lse, Δ from the stored o, operands rounded."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sink, decay_q, decay_k, seen, operand_dtype):
-        o, lse = BLOCK(q, k, v, sink, decay_q, decay_k, seen, operand_dtype)
-        ctx.save_for_backward(q, k, v, sink, decay_q, decay_k, seen, o, lse)
+    def forward(ctx, q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype):
+        o, lse = BLOCK(q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype)
+        ctx.save_for_backward(q, k, v, sink, decay_q, decay_k, reference._visible(mask, i, j), o, lse)
         ctx.operand_dtype = operand_dtype
         return o, lse
 
@@ -167,7 +167,7 @@ class FlashBlock(torch.autograd.Function):
         dsink = None if sink is None else -((sink[..., None] - lse).exp() * delta).sum((0, 3))[None]
         decays = (None, None) if decay_q is None else (ds.sum(-1), -ds.sum(-2))
         decays = tuple(None if x is None else x.double() for x in decays)
-        return dq, dk.sum(2, keepdim=True), dv.sum(2, keepdim=True), dsink, *decays, None, None
+        return dq, dk.sum(2, keepdim=True), dv.sum(2, keepdim=True), dsink, *decays, None, None, None, None
 
 
 BLOCK = reference._block

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from memattn import _native
-from memattn.ops import gated_delta_rule, gated_delta_rule_step, linear_attention
+from memattn.ops import attention, gated_delta_rule, gated_delta_rule_step, linear_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.attention import evaluate as evaluate_attention  # noqa: E402
 from support.compare import evaluate  # noqa: E402
 
 
@@ -32,6 +33,11 @@ def train(inputs, chunk_size):
 def train_linear(inputs, chunk_size):
     """The same of linear attention."""
     return evaluate(functools.partial(linear_attention, backend="cpu", chunk_size=chunk_size), inputs)
+
+
+def attend(inputs):
+    """o, lse and every gradient of attention."""
+    return evaluate_attention(functools.partial(attention, backend="cpu"), inputs)
 
 
 def decode(inputs):
@@ -83,7 +89,7 @@ def resident(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-KINDS = {f.__name__: f for f in (train, train_linear, decode, train_rows, peak_scratch)}
+KINDS = {f.__name__: f for f in (train, train_linear, attend, decode, train_rows, peak_scratch)}
 
 
 def main(jobs, results, library=None):

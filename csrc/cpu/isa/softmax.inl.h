@@ -1,8 +1,8 @@
 // The row primitives of attention: the step of an online softmax, and P and dS from scores. Part of kernels.inl.h.
 
 template <class V>
-static inline typename V::Reg biased_score(const ScalarOf<V>* s, typename V::Reg scale, PairBias<ScalarOf<V>> bias, int i,
-                                           int j) {
+static inline typename V::Reg biased_score(const ScalarOf<V>* s, typename V::Reg scale, PairBias<ScalarOf<V>> bias,
+                                           int i, int j) {
   const auto product = V::mul(scale, V::load(s + j));
   if (!bias.row_high) return product;
   const auto high = V::sub(V::broadcast(bias.row_high[i]), V::load(bias.key_high + j));
@@ -46,8 +46,9 @@ static void softmax_rows(ScalarOf<V>* s, int ld, ScalarOf<V> scale, PairBias<Sca
 }
 
 template <class V>
-static void softmax_rows_backward(ScalarOf<V>* s, ScalarOf<V>* dp, int ld, ScalarOf<V> scale, PairBias<ScalarOf<V>> bias,
-                                  const ScalarOf<V>* lse, const ScalarOf<V>* delta, int rows, int width) {
+static void softmax_rows_backward(ScalarOf<V>* s, ScalarOf<V>* dp, int ld, ScalarOf<V> scale,
+                                  PairBias<ScalarOf<V>> bias, const ScalarOf<V>* lse, const ScalarOf<V>* delta,
+                                  int rows, int width) {
   const auto wide_scale = V::broadcast(scale);
   for (int i = 0; i < rows; ++i) {
     ScalarOf<V>*row = s + int64_t{i} * ld, *gradient = dp + int64_t{i} * ld;

@@ -159,8 +159,6 @@ def _check_scale(scale):
 
 def _check_mask(mask, log_decay, alibi_slopes):
     """Every size, and every combination of terms that would have no or two meanings."""
-    if mask.causal not in (True, False, "block"):
-        raise ValueError(f"{OP}: causal is {mask.causal!r}; allowed: True, False, 'block'")
     _check_size("window", mask.window, 1)
     _check_size("block_size", mask.block_size, 1)
     _check_size("prefix_len", mask.prefix_len, 0, optional=False)
@@ -274,6 +272,8 @@ def attention(
 
     Raises ValueError (shapes, values, combinations without meaning), TypeError (dtypes), BackendError.
     """
+    if not (isinstance(causal, bool) or causal == "block"):  # before the signature, where 1 and True are the same
+        raise ValueError(f"{OP}: causal is {causal!r}; allowed: True, False, 'block'")
     mask = Mask(causal, window, prefix_len, block_size, chunk_rule, q_offset)
     biased = log_decay is not None or alibi_slopes is not None
     signature = _PASSED.signature(

@@ -126,9 +126,17 @@ def _ungrouped(x: Tensor, head_map: str) -> Tensor:
     return (x if head_map == "gqa" else x.transpose(1, 2)).flatten(1, 2).transpose(1, 2)
 
 
-def _block(q, k, v, sink, decay_q, decay_k, seen, operand_dtype):
+def _visible(mask, i, j):
+    """[n, m] from (position, sequence or None) of queries and of keys; None where every query sees every key."""
+    if mask is None:
+        return None
+    seen = mask.visible(i[0][:, None], j[0])
+    return seen if i[1] is None else seen & (i[1][:, None] == j[1])
+
+
+def _block(q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype):
     """One block: q [B,HKV,G,n,K] scaled, k [B,HKV,1,m,K], v [B,HKV,1,m,V] -> o [B,HKV,G,n,V], lse [B,HKV,G,n]."""
-    s = q @ k.mT
+    s, seen = q @ k.mT, _visible(mask, i, j)
     if decay_q is not None:
         s = s + (decay_q[..., :, None] - decay_k[..., None, :]).to(s.dtype)
     if seen is not None:
@@ -188,18 +196,18 @@ def chunked(
     k, v = (x.to(dtype).transpose(1, 2)[:, :, None] for x in (k, v))
     outputs, lses = [], []
     for a in range(0, max(length, 1), BLOCK):
-        b, columns, seen = min(a + BLOCK, length), slice(0, total), None
-        if sequence_q is not None:
-            seen = (sequence_q[a:b, None] == sequence_k) & mask.visible(i[a:b, None], j)
-        elif b > a:
+        masked: Mask | None = mask
+        b, columns = min(a + BLOCK, length), slice(0, total)
+        if sequence_q is None and b > a:
             first, last = a + q_offset, b - 1 + q_offset
             columns = _range(mask, first, last, total)
-            if mask.tile((first, last), (columns.start, columns.stop), total) != "full":
-                seen = mask.visible(i[a:b, None], j[columns])
+            if mask.tile((first, last), (columns.start, columns.stop), total) == "full":
+                masked = None
+        positions_q = i[a:b], None if sequence_q is None else sequence_q[a:b]
+        positions_k = j[columns], None if sequence_k is None else sequence_k[columns]
         bias = (None, None) if decay is None else (decay_q[..., a:b], decay_k[..., columns])
-        o, lse = _recomputed(
-            queries[..., a:b, :], k[..., columns, :], v[..., columns, :], sink, *bias, seen, operand_dtype
-        )
+        rows = queries[..., a:b, :], k[..., columns, :], v[..., columns, :]
+        o, lse = _recomputed(*rows, sink, *bias, masked, positions_q, positions_k, operand_dtype)
         outputs.append(o)
         lses.append(lse)
     o, lse = torch.cat(outputs, 3), torch.cat(lses, 3)
