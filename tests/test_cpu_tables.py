@@ -181,13 +181,9 @@ def emulated_amx(tmp_path_factory):
     flags += [f"-isystem{include / 'torch/csrc/api/include'}"]
     flags += [f'-DMEMATTN_AMX_EMULATION="{ROOT / "tests/support/amx_emulation.h"}"']
     cpu = ROOT / "csrc" / "cpu"
-<<<<<<< HEAD
     engine = ("gated_delta_rule", "gated_delta_rule_backward", "gated_delta_rule_step", "linear_attention")
-    sources = [*(cpu / f"{name}.cpp" for name in engine), cpu / "isa/portable.cpp"]
-=======
-    sources = [cpu / "gated_delta_rule.cpp", cpu / "gated_delta_rule_backward.cpp", cpu / "isa/portable.cpp"]
-    sources += [cpu / "attention.cpp", cpu / "attention_backward.cpp"]
->>>>>>> attn/attn
+    sources = [cpu / f"{name}.cpp" for name in (*engine, "attention", "attention_backward")]
+    sources += [cpu / "isa/portable.cpp"]
     sources += [cpu / "isa/amx.cpp", ROOT / "tests/support/amx_select.cpp"]
     running = [
         subprocess.Popen([compiler, *flags, "-c", str(s), "-o", str(folder / f"{s.stem}.o")], stderr=subprocess.PIPE)
@@ -207,12 +203,8 @@ def test_amx_table_in_software(emulated_amx, tmp_path):
     jobs = [("train", (expected(case, dtype)[0], chunk)) for case, chunk in zip(CASES, (16, 32, 64), strict=True)]
     jobs += [("train_linear", (case.make(dtype), 32)) for case in LINEAR]
     _, results = run_jobs(tmp_path, jobs, library=emulated_amx)
-<<<<<<< HEAD
     for case, actual in zip((*CASES, *LINEAR), results, strict=True):
         (check_training if case in CASES else check_linear)(case, dtype, actual)
-=======
-    for case, actual in zip(CASES, results, strict=True):
-        check_training(case, dtype, actual)
 
 
 def test_attention_on_the_amx_table_in_software(emulated_amx, tmp_path):
@@ -222,4 +214,3 @@ def test_attention_on_the_amx_table_in_software(emulated_amx, tmp_path):
     _, results = run_jobs(tmp_path, jobs, library=emulated_amx)
     for case, actual in zip(cases, results, strict=True):
         attention.judge(case, torch.bfloat16, actual, definition=attention.reference.chunked)
->>>>>>> attn/attn
