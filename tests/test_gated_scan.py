@@ -51,13 +51,18 @@ def skip_what_interpreting_takes_too_long(backend, device, case, full, chosen=CA
             pytest.skip("many tokens or programs for the interpreter: runs with --full")
 
 
+# One each of what the interpreter can show: values, layout, states, resets, masks. The others run with --full.
+INTERPRETED = ("equals_definition", "split_gradients", "packed_equals_separate", "tiles_equal_copies", "empty",
+               "nan_stays_in_its_chunk_and_channel", "gates_at_their_limits", "unused_slots_are_zero")  # fmt: skip
+
+
 @functools.cache
 def truth_of(case, dtype):
     return evaluate(flat(reference.loop), to_float64(case.make(dtype)))
 
 
 def _dtypes(case):
-    return FLOATS[:3] if case in (BASE, RAT, PACKED_RAT) else FLOATS[:1]
+    return FLOATS[:3] if case in (RAT, PACKED_RAT) else FLOATS[:1]
 
 
 def vanishing(case, truth):
@@ -90,7 +95,9 @@ def test_within_tolerance_of_truth(case, dtype, backend, device, full):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_relation(check, backend, device):
+def test_relation(check, backend, device, full):
+    if backend == "triton" and device == "cpu" and not full and check not in INTERPRETED:
+        pytest.skip("runs in the interpreter with --full")
     CHECKS[check](functools.partial(gated_scan, backend=backend), device)
 
 

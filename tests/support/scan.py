@@ -25,7 +25,7 @@ class Case:
 
     name: str
     batch: int = 2
-    length: int = 45
+    length: int = 24
     dim: int = 24
     lengths: tuple[int, ...] | None = None
     tiles: int | None = 3
