@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memattn import backends
+
 MODES = ("fwd", "fwdbwd", "step")
 # long: T grows alone. decode-cached: one input set over and over, so that its state stays in the processor's cache.
 # call: so small that the time is what a call costs; on a GPU the host's time.
@@ -48,12 +50,23 @@ class Entry:
     call: Callable[[str, str], Call]  # mode, backend
     truth: Callable[[str, Inputs], Results]  # mode, float64 inputs
     work: Callable[[Any, str, torch.dtype], Work]
-    backends: Callable[[str], tuple[str, ...]]  # mode
-    why_not: Callable[[str, str, str, torch.dtype], list[str]]  # mode, backend, device, dtype
     ceiling: Mapping[torch.dtype, float]
     mutated: Mapping[str, tuple[str, ...]]  # mode: inputs the call may change
     peers: tuple[str, ...]
     goals: Mapping[tuple[str, str, str], float]  # (mode, dtype, case name) -> times faster than transformers
+
+    def _name(self, mode: str) -> str:
+        """The public op that `mode` calls."""
+        return f"{self.op}_step" if mode == "step" else self.op
+
+    def backends(self, mode: str) -> tuple[str, ...]:
+        """The backends that have this op."""
+        return tuple(backends.registry()[self._name(mode)])
+
+    def why_not(self, mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
+        """Reasons why `backend` cannot be timed here."""
+        features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
+        return backends.why_not(self._name(mode), backend, backends.Request(device, dtype, features=features))
 
 
 def load(op: str) -> Entry:

@@ -9,7 +9,7 @@ from support.compare import CEILING
 from torch import Tensor
 
 from bench.registry import Call, Entry, Inputs, Results, Work
-from memattn import backends, ops
+from memattn import ops
 from memattn.reference import attention as reference
 
 PRODUCTS = {"fwd": 2, "fwdbwd": 7}  # S and O; again S, and dV, dP, dQ, dK: what a form that keeps no T×T needs
@@ -109,12 +109,6 @@ def work(case: Case, mode: str, dtype: torch.dtype) -> Work:
     return Work({"fwd": 4, "fwdbwd": 11}[mode] * tensor * dtype.itemsize, flops)
 
 
-def why_not(mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Reasons why `backend` cannot be timed here."""
-    features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-    return backends.why_not("attention", backend, backends.Request(device, dtype, features=features))
-
-
 ENTRY = Entry(
     op="attention",
     modes=("fwd", "fwdbwd"),
@@ -125,8 +119,6 @@ ENTRY = Entry(
     call=call,
     truth=truth,
     work=work,
-    backends=lambda mode: tuple(backends.registry()["attention"]),
-    why_not=why_not,
     ceiling=CEILING,
     mutated={},
     peers=("torch_sdpa",),

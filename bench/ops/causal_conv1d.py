@@ -9,10 +9,8 @@ from support.compare import CEILING
 from torch import Tensor
 
 from bench.registry import Call, Entry, Inputs, Results, Work
-from memattn import backends, ops
+from memattn import ops
 from memattn.reference import causal_conv1d as reference
-
-NAMES = {"fwd": "causal_conv1d", "fwdbwd": "causal_conv1d", "step": "causal_conv1d_step"}
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,6 @@ def work(case: Case, mode: str, dtype: torch.dtype) -> Work:
     return Work(5 * x * dtype.itemsize + 3 * filters, 3 * taps)
 
 
-def why_not(mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Reasons why `backend` cannot be timed here."""
-    features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-    return backends.why_not(NAMES[mode], backend, backends.Request(device, dtype, features=features))
-
-
 ENTRY = Entry(
     op="causal_conv1d",
     modes=("fwd", "fwdbwd", "step"),
@@ -134,8 +126,6 @@ ENTRY = Entry(
     call=call,
     truth=truth,
     work=work,
-    backends=lambda mode: tuple(backends.registry()[NAMES[mode]]),
-    why_not=why_not,
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=("torch_conv1d",),

@@ -12,14 +12,13 @@ from support.compare import CEILING
 from torch import Tensor
 
 from bench.registry import Call, Entry, Inputs, Results, Work
-from memattn import backends, ops
+from memattn import ops
 from memattn.reference import gated_delta_rule as reference
 
 CHUNK_SIZES = (16, 32, 64)
 PIECE = 2048  # tokens per call of the float64 reference, so that its scratch stays small
 TOKENS = ("q", "k", "v", "g", "beta")  # tensors with one row per token
 GRADIENTS = (*TOKENS, "initial_state")
-NAMES = {"fwd": "gated_delta_rule", "fwdbwd": "gated_delta_rule", "step": "gated_delta_rule_step"}
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -235,12 +234,6 @@ def work(case: Case, mode: str, dtype: torch.dtype) -> Work:
 # --- the entry -------------------------------------------------------------------------------------------------------
 
 
-def why_not(mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Reasons why `backend` cannot be timed here."""
-    features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-    return backends.why_not(NAMES[mode], backend, backends.Request(device, dtype, features=features))
-
-
 ENTRY = Entry(
     op="gated_delta_rule",
     modes=("fwd", "fwdbwd", "step"),
@@ -251,8 +244,6 @@ ENTRY = Entry(
     call=call,
     truth=truth,
     work=work,
-    backends=lambda mode: tuple(backends.registry()[NAMES[mode]]),
-    why_not=why_not,
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=("huggingface", "fla"),

@@ -9,10 +9,8 @@ from support.compare import CEILING
 from torch import Tensor
 
 from bench.registry import Call, Entry, Inputs, Results, Work
-from memattn import backends, ops
+from memattn import ops
 from memattn.reference import gated_scan as reference
-
-NAMES = {"fwd": "gated_scan", "fwdbwd": "gated_scan", "step": "gated_scan_step"}
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,6 @@ def work(case: Case, mode: str, dtype: torch.dtype) -> Work:
     return Work(forward + numbers * (2 * 4 + 3 * dtype.itemsize), 0)
 
 
-def why_not(mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Reasons why `backend` cannot be timed here."""
-    features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-    return backends.why_not(NAMES[mode], backend, backends.Request(device, dtype, features=features))
-
-
 ENTRY = Entry(
     op="gated_scan",
     modes=("fwd", "fwdbwd", "step"),
@@ -136,8 +128,6 @@ ENTRY = Entry(
     call=call,
     truth=truth,
     work=work,
-    backends=lambda mode: tuple(backends.registry()[NAMES[mode]]),
-    why_not=why_not,
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=(),

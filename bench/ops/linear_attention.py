@@ -11,10 +11,8 @@ from support.linear import LinearCase, as_op
 
 from bench.ops import gated_delta_rule as delta
 from bench.registry import Call, Entry, Inputs, Results, Work
-from memattn import backends, ops
+from memattn import ops
 from memattn.reference import linear_attention as reference
-
-NAMES = {"fwd": "linear_attention", "fwdbwd": "linear_attention", "step": "linear_attention_step"}
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -121,12 +119,6 @@ def work(case: LinearCase, mode: str, dtype: torch.dtype) -> Work:
 # --- the entry -------------------------------------------------------------------------------------------------------
 
 
-def why_not(mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Reasons why `backend` cannot be timed here."""
-    features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-    return backends.why_not(NAMES[mode], backend, backends.Request(device, dtype, features=features))
-
-
 ENTRY = Entry(
     op="linear_attention",
     modes=("fwd", "fwdbwd", "step"),
@@ -137,8 +129,6 @@ ENTRY = Entry(
     call=call,
     truth=truth,
     work=work,
-    backends=lambda mode: tuple(backends.registry()[NAMES[mode]]),
-    why_not=why_not,
     ceiling=CEILING,
     mutated={"step": ("state",)},
     peers=("linear_forms",),

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from memattn.reference import attention as reference
+from support import relations
 from support.compare import CEILING, assert_close_to_truth, relative_error, to_float64
+from support.relations import assert_same
 
 TOLERANCE = 2e-5
 CHECKS: dict[str, Callable] = {}
@@ -201,17 +203,7 @@ def forward(op: Callable, inputs: dict, **change: object) -> list[Tensor]:
         return list(op(**{**inputs, **change}))
 
 
-def assert_same(actual, expected, what: str) -> None:
-    """Equal bit for bit, NaN to NaN."""
-    for x, y in zip(actual, expected, strict=True):
-        assert x.shape == y.shape and torch.equal(x.nan_to_num(1e30), y.nan_to_num(1e30)), what
-
-
-def assert_near(actual: dict, expected: dict, what: str, tolerance: float = TOLERANCE) -> None:
-    """Every tensor within a relative error."""
-    for name, x in expected.items():
-        error = relative_error(actual[name], x)
-        assert error <= tolerance, f"{what}, {name}: relative error {error:.3g} > {tolerance:.3g}"
+assert_near = functools.partial(relations.assert_near, tolerance=TOLERANCE)
 
 
 def tokens(inputs: dict, start: int | None, stop: int | None, names: tuple[str, ...] = FLOATS[:3]) -> dict:
@@ -360,7 +352,7 @@ def decay_keeps_precision(op, device="cpu"):
     for early in (-1e5, -3e7):
         late = inputs["log_decay"].clone()
         late[:, 0] = early
-        assert_near(evaluate(op, {**inputs, "log_decay": late}), expected, f"sums of {early}", 5e-6)
+        assert_near(evaluate(op, {**inputs, "log_decay": late}), expected, f"sums of {early}", tolerance=5e-6)
     slopes = torch.tensor([0.5, 0.1, 0.02, 1.0], device=device)
     given = {n: x for n, x in inputs.items() if n != "log_decay"}
     constant = forward(op, given, log_decay=-slopes.expand_as(inputs["log_decay"]))
@@ -417,7 +409,7 @@ def inputs_unchanged_and_strided(op, device="cpu"):
     for name, x in before.items():
         assert torch.equal(inputs[name], x), f"{name} was overwritten"
     other = {n: x.transpose(1, 2).contiguous().transpose(1, 2) if n in FLOATS[:3] else x for n, x in inputs.items()}
-    assert_near(evaluate(op, other), first, "strided inputs", 1e-6)
+    assert_near(evaluate(op, other), first, "strided inputs", tolerance=1e-6)
 
 
 @relation
@@ -438,11 +430,4 @@ def nothing_at_all(op, device="cpu"):
 
 def run_all(op: Callable, device: str = "cpu") -> dict[str, str | None]:
     """Name → None or the failure, for every check."""
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check(op, device)
-            results[name] = None
-        except Exception as failure:
-            results[name] = f"{type(failure).__name__}: {failure}"
-    return results
+    return relations.outcomes(CHECKS, op, device)

@@ -9,8 +9,10 @@ import types
 from collections.abc import Callable
 
 from memattn.reference import attention, attention_mask
+from support import relations
 
-SOURCES = (inspect.getsource(attention_mask), inspect.getsource(attention))
+IMPORT = "from memattn.reference.attention_mask import Mask\n"
+SOURCES = (inspect.getsource(attention_mask), inspect.getsource(attention).replace(IMPORT, ""))
 # Where: what is there -> what is put in its place.
 BUGS = {
     "causal mask strict": ("seen & (j <= i)", "seen & (j < i)"),
@@ -52,13 +54,9 @@ BUGS = {
 
 
 def planted(bug: str) -> Callable:
-    """`chunked` with `bug`; fails when the line it changes is gone."""
-    old, new = BUGS[bug]
-    if not any(old in source for source in SOURCES):
-        raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")
+    """`chunked` with `bug`."""
     name = "planted_attention"
     sys.modules[name] = module = types.ModuleType(name)  # dataclasses look their module up
-    for source in SOURCES:
-        source = source.replace("from memattn.reference.attention_mask import Mask\n", "")
-        exec(compile(source.replace(old, new), f"<planted: {bug}>", "exec"), module.__dict__)
+    for code in relations.with_bug(bug, *BUGS[bug], *SOURCES):
+        exec(code, module.__dict__)
     return module.chunked

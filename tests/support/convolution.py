@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (tables, one case a line)
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from memattn.reference import causal_conv1d as reference
-from support.compare import evaluate, relative_error, to_float64
+from support import relations
+from support.compare import evaluate, to_float64
+from support.relations import assert_same
 
 TOLERANCE = 5e-6  # relations that hold up to float32 rounding; the others are asserted bitwise, without silu, whose
 # bits depend on the place in memory in plain torch (the kernels are asked for more: `exact_with_silu`)
@@ -92,17 +95,7 @@ def forward(op: Callable, inputs: dict, **change: object) -> tuple[Tensor, Tenso
         return op(**{**inputs, **change}, output_final_state=True)
 
 
-def assert_same(actual, expected, what: str) -> None:
-    """Equal bit for bit, NaN to NaN."""
-    for x, y in zip(actual, expected, strict=True):
-        assert x.shape == y.shape and torch.equal(x.nan_to_num(1e30), y.nan_to_num(1e30)), what
-
-
-def assert_near(actual: dict, expected: dict, what: str, tolerance: float = TOLERANCE) -> None:
-    """Every tensor within a relative error."""
-    for name, x in expected.items():
-        error = relative_error(actual[name], x)
-        assert error <= tolerance, f"{what}, {name}: relative error {error:.3g} > {tolerance:.3g}"
+assert_near = functools.partial(relations.assert_near, tolerance=TOLERANCE)
 
 
 @relation
@@ -162,7 +155,7 @@ def packed_equals_batch(op, device="cpu"):
     expected, actual = evaluate(op, inputs), evaluate(op, packed)
     for name in ("o", "dx"):
         actual[name] = actual[name].reshape(expected[name].shape)
-    assert_near(actual, expected, "packed against batch", 1e-6)
+    assert_near(actual, expected, "packed against batch", tolerance=1e-6)
 
 
 @relation
@@ -302,14 +295,7 @@ def exact_with_silu(op, device="cpu"):
 
 def run_all(op: Callable, device: str = "cpu") -> dict[str, str | None]:
     """Name → None or the failure, for every check."""
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check(op, device)
-            results[name] = None
-        except Exception as failure:
-            results[name] = f"{type(failure).__name__}: {failure}"
-    return results
+    return relations.outcomes(CHECKS, op, device)
 
 
 # `chunked` with one wrong line each: what is there -> what is put in its place.
@@ -339,11 +325,7 @@ BUGS = {
 
 
 def planted(bug: str) -> Callable:
-    """`chunked` with `bug`; fails when the line it changes is gone."""
-    old, new = BUGS[bug]
-    source = inspect.getsource(reference.chunked)
-    if old not in source:
-        raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")
+    """`chunked` with `bug`."""
     namespace = {**vars(reference), "lambda_detach": lambda f: lambda *args: f(*args).detach()}
-    exec(compile(source.replace(old, new), f"<planted: {bug}>", "exec"), namespace)
+    exec(*relations.with_bug(bug, *BUGS[bug], inspect.getsource(reference.chunked)), namespace)
     return namespace["chunked"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from memattn.reference import gated_delta_rule
+from support import relations
 from support.cases import BASE, Case
 from support.compare import evaluate, relative_error, to_float64
 
@@ -220,14 +221,7 @@ def nan_propagates(op, device="cpu", family=DELTA):
 
 def run_all(op, device: str = "cpu", family: Family = DELTA) -> dict[str, str | None]:
     """Name → None or the failure, for every check."""
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check(op, device, family)
-            results[name] = None
-        except Exception as failure:
-            results[name] = f"{type(failure).__name__}: {failure}"
-    return results
+    return relations.outcomes(CHECKS, op, device, family)
 
 
 __all__ = ["CHECKS", "DELTA", "SMALL", "Case", "Family", "run_all"]

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from memattn.reference import gated_scan as reference
-from support.compare import evaluate, relative_error, to_float64
+from support import relations
+from support.compare import evaluate, to_float64
+from support.relations import assert_same
 
 TOLERANCE = 5e-6  # relations that hold up to float32 rounding; the others are asserted bitwise
 CHECKS: dict[str, Callable] = {}
@@ -129,17 +131,7 @@ def states(inputs: dict, final: Tensor | None) -> dict:
     }
 
 
-def assert_same(actual, expected, what: str) -> None:
-    """Equal bit for bit, NaN to NaN."""
-    for x, y in zip(actual, expected, strict=True):
-        assert x.shape == y.shape and torch.equal(x.nan_to_num(1e30), y.nan_to_num(1e30)), what
-
-
-def assert_near(actual: dict, expected: dict, what: str, tolerance: float = TOLERANCE) -> None:
-    """Every tensor within a relative error."""
-    for name, x in expected.items():
-        error = relative_error(actual[name], x)
-        assert error <= tolerance, f"{what}, {name}: relative error {error:.3g} > {tolerance:.3g}"
+assert_near = functools.partial(relations.assert_near, tolerance=TOLERANCE)
 
 
 @relation
@@ -200,9 +192,8 @@ def packed_equals_separate(op, device="cpu"):
     for n, (a, b) in enumerate(pairwise(inputs["cu_seqlens"].tolist())):
         own = {name: inputs[name][n : n + 1] for name in ("initial_state", "initial_state2")}
         part = forward(op, {**rows(inputs, a, b), **own}, cu_seqlens=None)
-        assert_near(
-            {"o": part[0], "final": part[1]}, {"o": o[:, a:b], "final": final[n : n + 1]}, f"sequence {n}", 1e-6
-        )
+        whole = {"o": o[:, a:b], "final": final[n : n + 1]}
+        assert_near({"o": part[0], "final": part[1]}, whole, f"sequence {n}", tolerance=1e-6)
 
 
 @relation
@@ -212,7 +203,7 @@ def chunks_equal_sequences(op, device="cpu"):
     o, _ = forward(op, inputs, emit="both")
     bounds = torch.arange(0, 65, 16, device=device)
     y, final = forward(op, inputs, emit="all", chunk_size=None, cu_seqlens=bounds)
-    assert_near({"y": o[:, :64], "ends": o[0, 64:]}, {"y": y, "ends": final}, "chunks", 1e-6)
+    assert_near({"y": o[:, :64], "ends": o[0, 64:]}, {"y": y, "ends": final}, "chunks", tolerance=1e-6)
     assert_same([o[:, 64:]], [o[:, 15:64:16]], "an end is not the last row of its chunk")
 
 
@@ -231,7 +222,7 @@ def tiles_equal_copies(op, device="cpu"):
     wide = {**inputs, "x2": inputs["x2"].repeat(1, 1, 4)}
     narrow, copied = evaluate(flat(op), inputs), evaluate(flat(op), wide)
     copied["dx2"] = copied["dx2"].unflatten(2, (4, -1)).sum(2)
-    assert_near(narrow, copied, "tiled payload", 1e-6)
+    assert_near(narrow, copied, "tiled payload", tolerance=1e-6)
     heads = {**inputs, "x2": inputs["x2"].repeat_interleave(4, 2)}
     assert not torch.allclose(forward(op, inputs)[0], forward(op, heads)[0]), "groups laid out as h // (H/G)"
 
@@ -405,14 +396,7 @@ def no_state_is_zero_state(op, device="cpu"):
 
 def run_all(op: Callable, device: str = "cpu") -> dict[str, str | None]:
     """Name → None or the failure, for every check."""
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check(op, device)
-            results[name] = None
-        except Exception as failure:
-            results[name] = f"{type(failure).__name__}: {failure}"
-    return results
+    return relations.outcomes(CHECKS, op, device)
 
 
 # The fallback with one wrong line each: what is there -> what is put in its place.
@@ -447,11 +431,7 @@ BUGS = {
 
 @functools.cache
 def planted(bug: str) -> Callable:
-    """`chunked` with `bug`; fails when the line it changes is gone."""
-    old, new = BUGS[bug]
-    source = inspect.getsource(reference)
-    if old not in source:
-        raise AssertionError(f"planted bug {bug!r}: the reference no longer contains {old!r}")
+    """`chunked` with `bug`."""
     namespace: dict = {"__name__": reference.__name__}
-    exec(compile(source.replace(old, new), f"<planted: {bug}>", "exec"), namespace)
+    exec(*relations.with_bug(bug, *BUGS[bug], inspect.getsource(reference)), namespace)
     return namespace["chunked"]
