@@ -65,7 +65,7 @@ def test_within_tolerance_of_truth(case, dtype, backend, device):
         f"d{n}": x.dtype for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
     }
     if case.length * case.dim < 100:  # a handful of values proves nothing about the ratio of two roundings
-        assert_near(actual, truth_of(case, dtype), case.name, CEILING[dtype])
+        assert_near(actual, truth_of(case, dtype), case.name, tolerance=CEILING[dtype])
     else:
         assert_close_to_truth(actual, evaluate(reference.chunked, inputs), truth_of(case, dtype), CEILING[dtype])
 

@@ -87,7 +87,7 @@ def test_within_tolerance_of_truth(case, dtype, backend, device, full):
     if case.length < 20 or case.decay < 0.01:
         # A handful of values proves nothing about the ratio of two roundings, and over a long memory one sum after the
         # other rounds more often than the fallback's tree of sums.
-        assert_near(actual, truth, case.name, CEILING[dtype])
+        assert_near(actual, truth, case.name, tolerance=CEILING[dtype])
     else:
         assert_close_to_truth(
             actual, evaluate(flat(reference.chunked), inputs), truth, CEILING[dtype], vanishing(case, truth)
