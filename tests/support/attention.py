@@ -85,6 +85,7 @@ CASES = (
     case("prefix and block", {"prefix_len": 7, "block_size": 16}),
     case("summary", {"chunk_rule": ("summary", 8)}, queries=75, keys=10),
     case("dilated", {"chunk_rule": ("dilated", 6, 4, 5)}, queries=75),
+    case("no grid", {"chunk_rule": ("dilated", 2**31 - 1, 20, 5)}, queries=150, **GROUPED),
     case("dilated in a window", {"chunk_rule": ("dilated", 3, 0, 0), "window": 50}),
     case("offset", {"q_offset": 40}, queries=30, keys=70),
     case("offset beyond the keys", {"q_offset": 20, "window": 25}, queries=60, keys=40),

@@ -1,6 +1,7 @@
 """The ops: one file each, with equation, shapes, errors and source in its docstring."""
 
 from memattn.ops.attention import AttentionOutput, attention
+from memattn.ops.attention_decode import attention_decode
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
@@ -10,6 +11,7 @@ from memattn.ops.merge_states import gated_combine, merge_states
 __all__ = [
     "AttentionOutput",
     "attention",
+    "attention_decode",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",

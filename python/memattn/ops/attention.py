@@ -30,12 +30,12 @@ from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
 from memattn.ops._library import Differentiable, define_differentiable, resolve
+from memattn.ops._masks import check_mask, settings
 from memattn.reference import attention as reference
 from memattn.reference.attention import AttentionOutput
 from memattn.reference.attention_mask import Mask
 
 OP = "attention"
-HEAD_MAPS = ("gqa", "tile")
 
 
 # --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
@@ -136,64 +136,6 @@ def _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, packed):
         )
 
 
-def _check_size(name, value, least, optional=True):
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
-        raise ValueError(f"{OP}: {name} is {value!r}; expected an integer ≥ {least}{' or None' if optional else ''}")
-
-
-def _check_chunk_rule(rule):
-    sizes = {"summary": ("L",), "dilated": ("D", "W", "P")}
-    known = isinstance(rule, tuple) and rule and rule[0] in sizes and len(rule) == 1 + len(sizes[rule[0]])
-    if not known:
-        raise ValueError(f"{OP}: chunk_rule is {rule!r}; allowed: None, ('summary', L), ('dilated', D, W, P)")
-    for name, value in zip(sizes[rule[0]], rule[1:], strict=True):
-        _check_size(f"{name} of chunk_rule {rule!r}", value, 1 if name in "LD" else 0, optional=False)
-
-
-def _check_scale(scale):
-    if scale is not None and not (isinstance(scale, (int, float, torch.SymFloat)) and 0 < scale < float("inf")):
-        raise ValueError(f"{OP}: scale is {scale!r}; expected a finite number > 0 or None")
-
-
-def _check_mask(mask, log_decay, alibi_slopes):
-    """Every size, and every combination of terms that would have no or two meanings."""
-    _check_size("window", mask.window, 1)
-    _check_size("block_size", mask.block_size, 1)
-    _check_size("prefix_len", mask.prefix_len, 0, optional=False)
-    _check_size("q_offset", mask.q_offset, 0, optional=False)
-    if mask.chunk_rule is not None:
-        _check_chunk_rule(mask.chunk_rule)
-    rule = mask.chunk_rule[0] if mask.chunk_rule else None
-    biased = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
-    by_tokens = {"window": mask.window, "block_size": mask.block_size, "prefix_len": mask.prefix_len}
-    refused = [
-        (mask.causal == "block" and mask.block_size is None, "causal is 'block', which needs block_size"),
-        (
-            mask.window is not None and mask.causal is False,
-            "window counts keys up to the query; it needs causal True or 'block'",
-        ),
-        (rule and mask.causal is not True, f"chunk_rule is {mask.chunk_rule!r}, causal itself: it needs causal=True"),
-        (biased and mask.causal is not True, f"{biased} is given with causal={mask.causal!r}; it needs causal=True"),
-        (
-            biased and mask.prefix_len > 0,
-            f"{biased} is given with prefix_len, whose keys may lie ahead; use two calls and merge_states",
-        ),
-        (biased and rule == "summary", f"{biased} is given with chunk_rule 'summary', whose keys are no tokens"),
-    ]
-    refused += [
-        (
-            rule == "summary" and size,
-            f"chunk_rule 'summary' with {name}, which counts tokens; use two calls and merge_states",
-        )
-        for name, size in by_tokens.items()
-    ]
-    for wrong, what in refused:
-        if wrong:
-            raise ValueError(f"{OP}: {what}")
-
-
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
     """cu_seqlens_k None means cu_seqlens_q: queries and keys of the same sequences."""
     if cu_seqlens_q is None:
@@ -281,9 +223,8 @@ def attention(
         q_offset, head_map, scale, cu_seqlens_q is None,
     )  # fmt: skip
     if signature not in _PASSED:
-        _check_mask(mask, log_decay, alibi_slopes)
-        check.choice(OP, "head_map", head_map, HEAD_MAPS)
-        _check_scale(scale)
+        name = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
+        check_mask(OP, mask, name, head_map, scale)
         _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, cu_seqlens_q is not None)
         _PASSED.add(signature)
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased)
@@ -308,17 +249,4 @@ def attention(
         cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
     )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return AttentionOutput(*_CPU(*tensors, *_settings(mask), head_map == "tile", scale))
-
-
-def _settings(mask: Mask) -> tuple[int, ...]:
-    """The mask as the numbers of the schema."""
-    summary = dilation = dilated_window = dilated_prefix = 0
-    if mask.chunk_rule and mask.chunk_rule[0] == "summary":
-        summary = mask.chunk_rule[1]
-    elif mask.chunk_rule:
-        dilation, dilated_window, dilated_prefix = mask.chunk_rule[1:]
-    return (
-        {False: 0, True: 1, "block": 2}[mask.causal], mask.window or 0, mask.prefix_len, mask.block_size or 0,
-        summary, dilation, dilated_window, dilated_prefix, mask.q_offset,
-    )  # fmt: skip
+    return AttentionOutput(*_CPU(*tensors, *settings(mask), head_map == "tile", scale))
