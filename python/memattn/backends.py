@@ -42,7 +42,7 @@ class Limits:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     available: Callable[[str], str | None]
-    dims: tuple[int, int] = (16, 256)
+    dims: tuple[int, int] | None = (16, 256)  # least and largest head dim; None: any
     features: frozenset[str] = frozenset()
     fix: str = field(default="", compare=False)
 
@@ -89,8 +89,8 @@ def why_not(op: str, backend: str, request: Request, *, explicit: bool = False) 
         reasons.append(f"tensors are on {request.device}, supported: {', '.join(limits.devices)}{hint}")
     if request.dtype not in limits.dtypes and not (interpreted and request.dtype == torch.float64):
         reasons.append(f"dtype is {_text([request.dtype])}, supported: {_text(limits.dtypes)}")
-    low, high = limits.dims
-    for name, size in request.dims:
+    for name, size in request.dims if limits.dims else ():
+        low, high = limits.dims
         if not low <= size <= high:
             reasons.append(f"{name} is {size}, supported: {low}..{high}")
     for feature in sorted(request.features - limits.features):
