@@ -30,12 +30,14 @@ def _devices(limits: Limits) -> str:
     return " ".join(limits.devices)
 
 
+def _has(feature: str) -> Callable[[Limits], str]:
+    return lambda limits: "yes" if feature in limits.features else "no"
+
+
 def _rows(table: Mapping[str, Limits]) -> Iterator[tuple[str, Callable[[Limits], str]]]:
-    yield "devices", _devices
-    yield "dtypes", _dtypes
-    yield "sizes", _sizes
+    yield from (("devices", _devices), ("dtypes", _dtypes), ("sizes", _sizes))
     for feature in sorted(frozenset().union(*(limits.features for limits in table.values()))):
-        yield feature, lambda limits, feature=feature: "yes" if feature in limits.features else "no"
+        yield feature, _has(feature)
 
 
 def lines(registry: Mapping[str, Mapping[str, Limits]]) -> Iterator[str]:
