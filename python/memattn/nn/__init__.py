@@ -2,7 +2,19 @@
 
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
+from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.kv_cache import KVCache, WindowCache
+from memattn.nn.sliding_window_attention import SlidingWindowAttention
 
-__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm"]
+__all__ = [
+    "DeltaNet",
+    "DeltaRuleState",
+    "ForgettingAttention",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "KVCache",
+    "SlidingWindowAttention",
+    "WindowCache",
+]

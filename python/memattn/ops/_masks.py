@@ -8,6 +8,7 @@ from memattn.ops import _checks as check
 from memattn.reference.attention_mask import Mask
 
 HEAD_MAPS = ("gqa", "tile")
+AT_THE_END = -1  # the number of q_offset="end"
 
 
 def check_mask(op: str, mask: Mask, biased: str | None, head_map: str, scale: float | None) -> None:
@@ -17,7 +18,8 @@ def check_mask(op: str, mask: Mask, biased: str | None, head_map: str, scale: fl
     _check_size(op, "window", mask.window, 1)
     _check_size(op, "block_size", mask.block_size, 1)
     _check_size(op, "prefix_len", mask.prefix_len, 0, optional=False)
-    _check_size(op, "q_offset", mask.q_offset, 0, optional=False)
+    if mask.q_offset != "end":
+        _check_size(op, "q_offset", mask.q_offset, 0, optional=False)
     if mask.chunk_rule is not None:
         _check_chunk_rule(op, mask.chunk_rule)
     rule = mask.chunk_rule[0] if mask.chunk_rule else None
@@ -78,5 +80,5 @@ def settings(mask: Mask) -> tuple[int, ...]:
         dilation, dilated_window, dilated_prefix = mask.chunk_rule[1:]
     return (
         {False: 0, True: 1, "block": 2}[mask.causal], mask.window or 0, mask.prefix_len, mask.block_size or 0,
-        summary, dilation, dilated_window, dilated_prefix, mask.q_offset,
+        summary, dilation, dilated_window, dilated_prefix, AT_THE_END if mask.q_offset == "end" else mask.q_offset,
     )  # fmt: skip

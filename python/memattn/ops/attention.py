@@ -86,8 +86,9 @@ FAMILY = Differentiable(
 define_differentiable(f"{OP}_cpu", FAMILY)
 
 _FEATURES = frozenset({"backward", "packed"})
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
-_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
+_ALL = _FEATURES | {"q_offset='end'"}
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_ALL))
+_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_ALL)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
@@ -128,6 +129,13 @@ def _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, packed):
         check.shape(OP, "log_decay", log_decay, "[B, Tk, HQ]", (batch, k.shape[1], heads))
     if alibi_slopes is not None:
         check.shape(OP, "alibi_slopes", alibi_slopes, "[HQ]", (heads,))
+    if q_offset == "end":
+        if not packed and length > k.shape[1]:
+            raise ValueError(
+                f"{OP}: q has {length} tokens and k has {k.shape[1]}; with q_offset='end' every query needs a key at "
+                "its own position (Tq ≤ Tk)"
+            )
+        return
     if (log_decay is not None or alibi_slopes is not None) and not packed and length + q_offset > k.shape[1]:
         name = "alibi_slopes" if log_decay is None else "log_decay"
         raise ValueError(
@@ -148,13 +156,14 @@ def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
     if cu_seqlens_k is not None:
         check.cu_seqlens(OP, cu_seqlens_k, k, "cu_seqlens_k")
         check.shape(OP, "cu_seqlens_k", cu_seqlens_k, "[N+1] like cu_seqlens_q", cu_seqlens_q.shape)
-    if biased and check.values_checked(cu_seqlens_q):
+    if (biased or q_offset == "end") and check.values_checked(cu_seqlens_q):
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        short = (cu_seqlens_q.diff() + q_offset > keys.diff()) & (cu_seqlens_q.diff() > 0)
+        last = cu_seqlens_q.diff() + (0 if q_offset == "end" else q_offset)
+        short = (last > keys.diff()) & (cu_seqlens_q.diff() > 0)
         if bool(short.any()):
             raise ValueError(
-                f"{OP}: packed sequence {int(short.nonzero()[0])} has queries beyond its keys; with log_decay or "
-                "alibi_slopes every query needs a key at its own position"
+                f"{OP}: packed sequence {int(short.nonzero()[0])} has queries beyond its keys; with log_decay, "
+                "alibi_slopes or q_offset='end' every query needs a key at its own position"
             )
 
 
@@ -176,7 +185,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    q_offset: int = 0,
+    q_offset: int | str = 0,
     head_map: str = "gqa",
     scale: float | None = None,
     backend: str | None = None,
@@ -194,7 +203,8 @@ def attention(
     cu_seqlens_q/k  [N+1]               int32/int64 bounds of sequences packed along Tq and Tk, then B = 1; k None: as q
     ==============  ==================  ======================================================================
 
-    Positions: query row t of a sequence is at i = t + q_offset, key row j at j. Which keys a query sees:
+    Positions: query row t of a sequence is at i = t + q_offset, key row j at j; with q_offset="end" the last query of
+    each sequence is at its last key (Tq ≤ Tk). Which keys a query sees:
 
     ==========================  ==============================================================================
     causal=True                 j ≤ i; False: all; "block": all of the blocks up to its own (bidirectional inside a
@@ -233,6 +243,7 @@ def attention(
     tracked = (q, k, v, sink, log_decay, alibi_slopes)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens_q is not None else ())
+    features += ("q_offset='end'",) if q_offset == "end" else ()
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, sink=sink, log_decay=log_decay))
     if name == "chunked":
