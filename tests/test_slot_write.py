@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (tables, one case a line)
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +196,10 @@ def test_packed_refusals():
         slot_write(**{**inputs, "cu_seqlens": torch.tensor([0, 7])})
     with pytest.raises(ValueError, match="lengths and cu_seqlens are both given"):
         slot_write(**inputs, lengths=torch.tensor([7]))
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "slot_memory.md").read_text()
+    scope: dict = {}
+    for block in page.split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], "docs/slot_memory.md", "exec"), scope)

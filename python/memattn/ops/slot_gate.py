@@ -34,7 +34,8 @@ L2_EPS = 1e-12  # least norm that is divided by, as in torch.nn.functional.norma
 def _layouts(name: str, kind: str, slots: Tensor) -> dict[str, tuple[int, ...]]:
     """Allowed layouts of parameter `name`."""
     n, m, d = slots.shape
-    one_per_slot, each = {"[M, D]": (m, d)}, {"[N, M, D]": (n, m, d)}
+    one_per_slot: dict[str, tuple[int, ...]] = {"[M, D]": (m, d)}
+    each: dict[str, tuple[int, ...]] = {"[N, M, D]": (n, m, d)}
     layouts: dict[str, dict[str, tuple[int, ...]]] = {
         "bias": {"[D]": (d,), **(one_per_slot if kind == "bias_l2" else {})},
         "logits": each, "forget": each, "input": each, "decay": {"[]": (), "[D]": (d,), "[N, M, 1]": (n, m, 1), **each},
@@ -61,8 +62,9 @@ def _check(slots, update, kind, parameters):
         check.device(OP, name, x, slots, "slots")
         layouts = _layouts(name, kind, slots)
         if tuple(x.shape) not in layouts.values():
+            allowed = " or ".join(layouts)
             raise ValueError(
-                f"{OP}: {name} has shape {list(x.shape)}; expected {' or '.join(layouts)} with slots {list(slots.shape)}"
+                f"{OP}: {name} has shape {list(x.shape)}; expected {allowed} with slots {list(slots.shape)}"
             )
 
 
