@@ -4,5 +4,7 @@ from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.memformer import Memformer
+from memattn.nn.memory_replay import memory_replay
 
-__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm"]
+__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm", "Memformer", "memory_replay"]
