@@ -2,8 +2,7 @@
 
     SUBJECTS = {"plain": Subject(lambda **kw: MyLayer(48, 3, chunk_size=8, **kw), embed_dim=48, chunk=8)}
 
-    @pytest.mark.parametrize("check", layers.CHECKS)
-    @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+    @pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS))
     def test_promises(subject, check):
         layers.run(check, subject)
 
@@ -17,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +101,16 @@ def run(name: str, subject: Subject) -> None:
     CHECKS[name](fresh(subject), inputs(subject), subject)
 
 
+def matrix(subjects: Mapping[str, Subject], compiled: Collection[str] | None = None) -> list[Any]:
+    """Every subject with every check, for parametrize; the slow ones that compile only for `compiled` (None: all)."""
+    return [
+        pytest.param(subject, check, id=f"{name}-{check}")
+        for name, subject in subjects.items()
+        for check in CHECKS
+        if compiled is None or name in compiled or "compile" not in check
+    ]
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{what} relative error {error:.3g} > {tolerance:.3g}"
@@ -137,6 +147,18 @@ def _lacking(reason: str | None, refused: Callable[[], object] | None = None) ->
         with pytest.raises(REFUSALS):
             refused()
     pytest.skip(reason)
+
+
+def run_page(path: Path, blocks: int) -> dict[str, Any]:
+    """Runs the Python of a page of docs from top to bottom; its assertions hold. Returns what it defined."""
+    parts = path.read_text().split("```python\n")[1:]
+    assert len(parts) == blocks
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    with torch.device("cpu"):
+        for part in parts:
+            exec(compile(part.split("```")[0], path.name, "exec"), scope)
+    return scope
 
 
 # --- one layer in all its forms ---------------------------------------------------------------------------------------

@@ -4,5 +4,16 @@ from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.recurrent_memory import RecurrentMemory
+from memattn.nn.segment_recurrence import SegmentState
+from memattn.nn.summary_tokens import SummaryTokens
 
-__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm"]
+__all__ = [
+    "DeltaNet",
+    "DeltaRuleState",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "RecurrentMemory",
+    "SegmentState",
+    "SummaryTokens",
+]
