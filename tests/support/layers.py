@@ -217,6 +217,8 @@ def no_token_changes_nothing(layer: Any, x: Tensor, subject: Subject) -> None:
     y, after = layer(x[:, :0], state, return_state=True)
     assert y.shape == x[:, :0].shape
     same_memory(layer, after, state, subject)
+    ours, theirs = ({t.data_ptr() for t in pytree.tree_leaves(s) if t is not None} - {0} for s in (after, state))
+    assert not ours & theirs, "a returned state aliases its input"
 
 
 def later_tokens_do_not_reach_back(layer: Any, x: Tensor, subject: Subject) -> None:
