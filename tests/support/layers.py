@@ -65,6 +65,8 @@ class Subject:
     no_gradient: tuple[str, ...] = ()  # parameters that have none by design
     tolerance: float = 5e-6  # between two forms in float32
     gradient_tolerance: float = 2e-5
+    depth: int = 1  # layers on top of each other: their rounding adds up
+    autocast_dtype: torch.dtype = torch.bfloat16  # of y; float32 where a residual stream runs through
 
     @property
     def tokens(self) -> int:
@@ -419,15 +421,16 @@ def bfloat16_is_near_float64(layer: Any, x: Tensor, subject: Subject) -> None:
         y, state = narrow(rounded, return_state=True)
         truth = exact(rounded.double())
         assert y.dtype == dtype
-        close(y, truth, ceiling, f"{dtype}:")
+        close(y, truth, subject.depth * ceiling, f"{dtype}:")
         if subject.lacks.step is None:
             with torch.no_grad():
                 token, after = rounded[:, :1], exact(rounded.double(), return_state=True)[1]
-                close(narrow.step(token, state)[0], exact.step(token.double(), after)[0], ceiling, f"{dtype} step:")
+                stepped, truth = narrow.step(token, state)[0], exact.step(token.double(), after)[0]
+                close(stepped, truth, subject.depth * ceiling, f"{dtype} step:")
     with torch.autocast(x.device.type, torch.bfloat16):
         y, state = layer(x, return_state=True)
         y = layer(x, state) + y
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == subject.autocast_dtype
     y.float().square().sum().backward()
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in layer.parameters())
 

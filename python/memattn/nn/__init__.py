@@ -4,6 +4,7 @@ from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.segment_recurrence import SegmentState
 from memattn.nn.summary_tokens import SummaryTokens
@@ -13,7 +14,9 @@ __all__ = [
     "DeltaRuleState",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "HybridStack",
     "RecurrentMemory",
     "SegmentState",
+    "StackState",
     "SummaryTokens",
 ]

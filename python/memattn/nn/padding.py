@@ -28,7 +28,7 @@ class PaddedRows:
     """
 
     def __init__(self, attention_mask: Tensor, x: Tensor) -> None:
-        _check(attention_mask, x)
+        check_mask(attention_mask, x)
         self.mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
         self.length = self.mask.sum(1)  # [B]
         self._position = torch.arange(x.shape[1], device=x.device)
@@ -78,7 +78,8 @@ class PackedRows:
         return y.flatten(0, 1).index_select(0, self._target)[None]
 
 
-def _check(mask: Tensor, x: Tensor) -> None:
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """attention_mask [B, T] for x [B, T, D]: bool or integer, one contiguous run of nonzero per row."""
     check.tensor("attention_mask", "attention_mask", mask)
     if mask.shape != x.shape[:2]:
         raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected [B, T] = {list(x.shape[:2])}")
