@@ -6,7 +6,7 @@ from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.recurrent_memory import RecurrentMemory
-from memattn.nn.segment_recurrence import SegmentState
+from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.summary_tokens import SummaryTokens
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "GatedRMSNorm",
     "HybridStack",
     "RecurrentMemory",
-    "SegmentState",
+    "MemoryTokensState",
     "StackState",
     "SummaryTokens",
 ]

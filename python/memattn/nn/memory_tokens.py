@@ -12,7 +12,7 @@ from memattn.ops import _checks as check
 from memattn.state import MemoryState
 
 
-class SegmentState(MemoryState):
+class MemoryTokensState(MemoryState):
     """Where each sequence stands: what closed segments left, and the open one.
 
     memory [N, R, D] in the layer's dtype, the newest rows last; closed [N] int64, how many segments were closed;
@@ -25,7 +25,7 @@ class SegmentState(MemoryState):
         self.memory, self.closed, self.position, self.backbone = memory, closed, position, backbone
 
 
-class SegmentRecurrence(nn.Module):
+class MemoryTokens(nn.Module):
     """Base: the backbone reads [prefix; segment; queries], and its outputs at the queries become memory.
 
     A subclass says what prefix a memory gives (`_prefix`), which queries are appended (`_queries`) and what their
@@ -80,22 +80,22 @@ class SegmentRecurrence(nn.Module):
         self.backbone.reset_parameters()
         self._reset_own()
 
-    def init_state(self, batch: int, **options: Any) -> SegmentState:
+    def init_state(self, batch: int, **options: Any) -> MemoryTokensState:
         """Nothing read yet; `options` go to the backbone's init_state."""
         memory = self._empty_memory(batch)
         none = memory.new_zeros(batch, dtype=torch.int64)
         inner = self.backbone.init_state(batch, **options) if self.stateful else None
-        return SegmentState(memory, none, none.clone(), inner)
+        return MemoryTokensState(memory, none, none.clone(), inner)
 
     def forward(
         self,
         x: Tensor,
-        state: SegmentState | None = None,
+        state: MemoryTokensState | None = None,
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, SegmentState]:
+    ) -> Tensor | tuple[Tensor, MemoryTokensState]:
         """All tokens at once, for training and prefill.
 
         x [B, T, embed_dim]. state: where each sequence starts, None for the beginning; it is not changed.
@@ -116,7 +116,7 @@ class SegmentRecurrence(nn.Module):
         y = y if rows is None else rows.restore(y)
         return (y, after) if return_state else y
 
-    def _read(self, x: Tensor, state: SegmentState | None, lengths: Tensor | None) -> tuple[Tensor, SegmentState]:
+    def _read(self, x: Tensor, state: MemoryTokensState | None, lengths: Tensor | None) -> tuple[Tensor, MemoryTokensState]:
         """Each row may stand elsewhere in its segment and end elsewhere: segments of equal size, the rest masked."""
         (batch, total), opened = x.shape[:2], state is not None
         state = self.init_state(batch) if state is None else state.clone()
@@ -141,8 +141,8 @@ class SegmentRecurrence(nn.Module):
         return _picked(y, column, column < count.shape[1]), state
 
     def _read_segment(
-        self, part: Tensor, valid: Tensor, state: SegmentState, size: int, most: int | None
-    ) -> tuple[Tensor, SegmentState]:
+        self, part: Tensor, valid: Tensor, state: MemoryTokensState, size: int, most: int | None
+    ) -> tuple[Tensor, MemoryTokensState]:
         """Slots [N, n, D] of a segment of `size` tokens: rows that begin it see the prefix, full ones the queries."""
         used = valid.sum(1)
         begins, full = (state.position == 0) & (used > 0), state.position + used >= size
@@ -155,9 +155,9 @@ class SegmentRecurrence(nn.Module):
         _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
         memory = torch.where(full[:, None, None], self._updated(state.memory, written), state.memory)
         position = torch.where(full, 0, state.position + used)
-        return y, SegmentState(memory, state.closed + full, position, inner.reset(full))
+        return y, MemoryTokensState(memory, state.closed + full, position, inner.reset(full))
 
-    def _read_even(self, x: Tensor, state: SegmentState | None) -> tuple[Tensor, SegmentState]:
+    def _read_even(self, x: Tensor, state: MemoryTokensState | None) -> tuple[Tensor, MemoryTokensState]:
         """For a backbone without a state: every row at the start of a segment, all of one length."""
         opened, sizes = state is not None, self._sizes(x.shape[1], False)
         state = self.init_state(x.shape[0]) if state is None else state.clone()
@@ -173,10 +173,10 @@ class SegmentRecurrence(nn.Module):
             _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
             outputs.append(y)
             if part.shape[1] == size:
-                state = SegmentState(self._updated(state.memory, written), state.closed + 1, state.position, None)
+                state = MemoryTokensState(self._updated(state.memory, written), state.closed + 1, state.position, None)
         return torch.cat(outputs or [x], 1), state
 
-    def step(self, x: Tensor, state: SegmentState) -> tuple[Tensor, SegmentState]:
+    def step(self, x: Tensor, state: MemoryTokensState) -> tuple[Tensor, MemoryTokensState]:
         """One or a few tokens per sequence, for generation: changes `state` and returns it. Without gradients.
 
         x [B, t, embed_dim], t ≥ 1. Eager calls on the CPU read prefix and queries only when a row begins or ends a
@@ -191,7 +191,7 @@ class SegmentRecurrence(nn.Module):
         check.inference_only(name, "forward", x, *self.parameters())
         return torch.cat([self._step(token, state) for token in x.split(1, 1)], 1), state
 
-    def _step(self, x: Tensor, state: SegmentState) -> Tensor:
+    def _step(self, x: Tensor, state: MemoryTokensState) -> Tensor:
         begins = state.position == 0
         if _some(begins):
             prefix, counts = self._prefix(state.memory, state.closed, None)
@@ -209,13 +209,13 @@ class SegmentRecurrence(nn.Module):
             state.backbone.copy_(state.backbone.reset(full))
         return y
 
-    def _feed(self, rows: Tensor, mask: Tensor, state: SegmentState) -> Tensor:
+    def _feed(self, rows: Tensor, mask: Tensor, state: MemoryTokensState) -> Tensor:
         """The backbone reads the rows that count and goes on from there, in place."""
         z, after = self.backbone(rows, state.backbone, attention_mask=mask, return_state=True)
         state.backbone.copy_(after)
         return z
 
-    def _refuse(self, x: Tensor, state: SegmentState | None, masked: bool, return_state: bool) -> None:
+    def _refuse(self, x: Tensor, state: MemoryTokensState | None, masked: bool, return_state: bool) -> None:
         """What a backbone without a state cannot do."""
         name, backbone = type(self).__name__, type(self.backbone).__name__
         if masked:
