@@ -33,11 +33,11 @@ class MemoryState:
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda state: ([getattr(state, name) for name in cls.fields], state._constants()),
+            lambda state: ([getattr(state, name) for name in state.fields], state._constants()),
             lambda parts, context: cls(*parts, *context),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=lambda state: (
-                [(pytree.GetAttrKey(name), getattr(state, name)) for name in cls.fields],
+                [(pytree.GetAttrKey(name), getattr(state, name)) for name in state.fields],
                 state._constants(),
             ),
         )
