@@ -1,5 +1,6 @@
 """Memories as torch.nn modules: parameters, projections and state. The arithmetic is in `memattn.ops`."""
 
+from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
@@ -7,4 +8,12 @@ from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 
-__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm", "Memformer", "memory_replay"]
+__all__ = [
+    "BlockRecurrentAttention",
+    "DeltaNet",
+    "DeltaRuleState",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "Memformer",
+    "memory_replay",
+]
