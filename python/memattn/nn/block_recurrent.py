@@ -39,9 +39,9 @@ class BlockRecurrentAttention(SegmentRecurrence):
     (not rotated, no causal mask); [states; tokens] → state_out_proj → gate.
 
     Keys and queries are L2-normalised, scores multiplied by a learnt factor per head, 1 at first. Gates, with h what
-    goes into state_out_proj and y what comes out of it: "bias" σ(b) m + (1 − σ(b)) y; "full" σ(W h + b + 1) m + (1 − …) y;
-    "lstm" σ(W_f h + b_f + 1) m + σ(W_i h + b_i − 1) y. The states have no feed-forward network: the paper's "skip"
-    configuration, whose bias gate did best.
+    goes into state_out_proj and y what comes out of it: "bias" σ(b) m + (1 − σ(b)) y; "full" the same with
+    σ(W h + b + 1); "lstm" σ(W_f h + b_f + 1) m + σ(W_i h + b_i − 1) y. The states have no feed-forward network: the
+    paper's "skip" configuration, whose bias gate did best.
 
     After the authors' code (google-research/meliad, transformer/): RMSNorm of the states, learnt position embeddings
     (standard deviation 1) added after it, initial states and gate biases with standard deviation 0.1, gate projections
