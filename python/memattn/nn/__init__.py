@@ -7,6 +7,7 @@ from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
+from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
     "BlockRecurrentAttention",
@@ -15,5 +16,6 @@ __all__ = [
     "GatedDeltaNet",
     "GatedRMSNorm",
     "Memformer",
+    "WorkingMemory",
     "memory_replay",
 ]
