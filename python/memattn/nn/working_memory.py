@@ -31,10 +31,10 @@ class WorkingMemory(nn.Module):
     a state therefore hands over at the end of a segment only, and there is no step for single tokens.
 
     The code (github.com/luciferkonn/DT_Mem, relational_memory.py) has 1290 slots, num_blocks 64 and one MLP layer, and
-    starts from the identity matrix, cut or padded with zeros to M × D. The paper's text describes another update,
-    content addressing with erase and add, M ← M ⊙ (1 − w e) + w a with w = softmax(Q Kᵀ / √d): not offered here, nor is
-    the code's optional top-k of the weights (off by default there). Initialisation: A's w normal, B's weights uniform in
-    ±1/√(2 D) as there; the rest as torch.nn.Linear.
+    starts from the identity matrix, cut or padded with zeros to M × D. The paper's text describes another update:
+    content addressing with erase and add, M ← M ⊙ (1 − w e) + w a with w = softmax(Q Kᵀ / √d). That is not offered,
+    nor is the code's optional top-k of the weights (off by default there). Initialisation: A's w normal, B's weights
+    uniform in ±1/√(2 D) as there; the rest as torch.nn.Linear.
 
     >>> layer = WorkingMemory(512, num_heads=8, num_slots=1290, segment_len=60)
     >>> y, state = layer(x, return_state=True)
