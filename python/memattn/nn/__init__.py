@@ -6,8 +6,12 @@ from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hierarchical_memory import HierarchicalMemory
+from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
+from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.recurrent_memory import RecurrentMemory
+from memattn.nn.summary_tokens import SummaryTokens
 from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
@@ -17,7 +21,12 @@ __all__ = [
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HierarchicalMemory",
+    "HybridStack",
     "Memformer",
+    "MemoryTokensState",
+    "RecurrentMemory",
+    "StackState",
+    "SummaryTokens",
     "WorkingMemory",
     "memory_replay",
 ]

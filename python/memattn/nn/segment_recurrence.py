@@ -136,6 +136,7 @@ class SegmentRecurrence(nn.Module):
                 written = self._write(memory, segment)
                 memory = written if total is None else choose(total >= start + size, written, memory)
         y = torch.cat(outputs, 1)
+        memory = memory.clone() if memory is state.memory else memory
         return y if own is None else _rows(y, own), SegmentState(memory, *self._remainder(z, total))
 
     def _remainder(self, z: Tensor, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
