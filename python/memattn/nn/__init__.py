@@ -8,13 +8,14 @@ from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
-from memattn.nn.kv_cache import KVCache, WindowCache
+from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
+from memattn.nn.transformer_xl import TransformerXL
 from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "HiddenMemory",
     "HierarchicalMemory",
     "HybridStack",
     "KVCache",
@@ -33,6 +35,7 @@ __all__ = [
     "SlidingWindowAttention",
     "StackState",
     "SummaryTokens",
+    "TransformerXL",
     "WindowCache",
     "WorkingMemory",
     "memory_replay",
