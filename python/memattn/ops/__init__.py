@@ -6,9 +6,11 @@ from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 
 __all__ = [
     "AttentionOutput",
+    "RATState",
     "attention",
     "causal_conv1d",
     "causal_conv1d_step",
@@ -20,4 +22,6 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "merge_states",
+    "rat_attention",
+    "rat_attention_step",
 ]
