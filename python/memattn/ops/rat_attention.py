@@ -1,4 +1,4 @@
-"""RAT: a gated average inside chunks, softmax attention over what the chunks leave. RAT+: one average, dilated attention.
+"""RAT: a gated average inside chunks, softmax over what they leave. RAT+: one average, dilated attention.
 
 Tokens t of a sequence have positions p = 0, 1, …; keys and values share one gate per channel, so K = V here:
 
@@ -341,8 +341,8 @@ def _final_state(rule, keys, values, key, value, q, before, cu_seqlens):
     first = cu_seqlens[:-1].long() // rule.stride + torch.arange(n, device=q.device) * (held + 1)
     row = (first[:, None] + slot).clamp(max=max(keys.shape[1] - 1, 0))
     used = (slot < (after // rule.stride)[:, None])[..., None, None]
-    gathered = (torch.where(used, x[0][row], 0) for x in (keys, values))
-    return RATState(*gathered, key, value, after)
+    keys, values = (torch.where(used, x[0][row], 0) for x in (keys, values))
+    return RATState(keys, values, key, value, after)
 
 
 def rat_attention_step(

@@ -1,8 +1,8 @@
 """RAT and RAT+ attention in plain torch.
 
 `loop` is the definition, token by token over a list of entries; in float64 it is the truth every backend is measured
-against. `chunked` is the differentiable fallback: the scan of the gated scan's reference, then blocks of queries against
-every entry, masked by position. `step` decodes in place.
+against. `chunked` is the differentiable fallback: the scan of the gated scan's reference, then blocks of queries
+against every entry, masked by position. `step` decodes in place.
 
 A state comes and goes as its tensors, in the order of `memattn.ops.rat_attention.RATState`.
 """
