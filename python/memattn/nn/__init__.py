@@ -4,5 +4,6 @@ from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.rat import RAT, RATPlus
 
-__all__ = ["DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm"]
+__all__ = ["RAT", "DeltaNet", "DeltaRuleState", "GatedDeltaNet", "GatedRMSNorm", "RATPlus"]

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memattn import backends
 from memattn.backends import Limits, Request
@@ -68,6 +69,38 @@ class RATState(MemoryState):
         self.running_key, self.running_value = running_key, running_value
         self.length = length
         self.local_keys, self.local_values = local_keys, local_values
+        self._room = 0  # tokens that surely have room, as far as the host knows
+
+    def make_room(self, tokens: int, stride: int) -> None:
+        """Rows for the entries of `tokens` more tokens, one entry every `stride`, at least doubling what there is.
+
+        Reads the lengths once in a while. Does nothing while compiling or capturing a CUDA graph.
+        """
+        length = self.length
+        if torch.compiler.is_compiling() or length.is_meta or not length.numel():
+            return
+        if length.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if self._room < tokens:
+            longest, capacity = int(length.max()), self.keys.shape[1]
+            more = max((longest + tokens) // stride - capacity, 0)
+            if more:
+                more = max(more, capacity)
+                self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
+            self._room = (capacity + more + 1) * stride - 1 - longest
+        self._room -= tokens
+
+    def copy_(self, other: RATState) -> RATState:
+        """Writes `other` into this state's tensors. It may have fewer rows of entries, or more that are not used."""
+        if type(other) is not type(self):
+            raise TypeError(f"copy_: other is {type(other).__name__}; expected {type(self).__name__}")
+        mine, theirs = self.keys.shape[1], other.keys.shape[1]
+        if theirs > mine and check.values_checked(other.keys) and bool(other.keys[:, mine:].any()):
+            raise ValueError(f"copy_: other holds more than the {mine} entries that this state has rows for")
+        fit = (0, 0, 0, 0, 0, mine - theirs)
+        super().copy_(RATState(F.pad(other.keys, fit), F.pad(other.values, fit), *other.parts()[2:]))
+        self._room = 0
+        return self
 
     def parts(self) -> tuple[Any, ...]:
         """Its tensors in the order of `fields`."""
@@ -274,9 +307,10 @@ def rat_attention(
     T ≥ 0 and zero-length sequences are legal; K in 16..256, even with rope_base. `scale` None means K**-0.5.
 
     Returns (o [B, T, HV, K] in q's dtype, RATState or None). The final state has C + ⌈T/L⌉ rows of entries (RAT+: D),
-    C those of the initial one, unused ones 0. Sequences may be split at any token and continued from the state; rows
-    may be at different positions. Differentiable once in q, k, v, g and the initial state, through o and the final
-    state. Entries are kept in q's dtype, averages, scores and sums in float32 (float64).
+    C those of the initial one, unused ones 0; packed, T is the longest sequence where the lengths may be looked at.
+    Sequences may be split at any token and continued from the state; rows may be at different positions.
+    Differentiable once in q, k, v, g and the initial state, through o and the final state. Entries are kept in q's
+    dtype, averages, scores and sums in float32 (float64).
 
     Raises ValueError (shapes, values), TypeError (dtypes), BackendError (a named backend that cannot serve).
     """
@@ -304,7 +338,7 @@ def rat_attention(
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]),), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g))
     if name == "chunked":
-        with torch.autocast(q.device.type, enabled=False):
+        with _no_autocast(q):
             o, final = reference.chunked(
                 q, k, v, g, chunk_size=chunk_size, rope_base=rope_base, dilation=dilation, window=window,
                 prefix_len=prefix_len, head_map=head_map, scale=scale, cu_seqlens=cu_seqlens,
@@ -316,6 +350,10 @@ def rat_attention(
     if not output_final_state:
         return o, None
     return o, _final_state(rule, keys, values, key, value, q, parts, cu_seqlens)
+
+
+def _no_autocast(q):
+    return torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False)
 
 
 def _parts(op, name, state):
@@ -337,7 +375,10 @@ def _final_state(rule, keys, values, key, value, q, before, cu_seqlens):
     if cu_seqlens is None:
         return RATState(keys, values, key, value, start + q.shape[1])
     after = start + cu_seqlens.diff()
-    slot = torch.arange(held + rule.kept(q.shape[1]), device=q.device)
+    longest = q.shape[1]
+    if check.values_checked(cu_seqlens):
+        longest = int(cu_seqlens.diff().max())
+    slot = torch.arange(held + rule.kept(longest), device=q.device)
     first = cu_seqlens[:-1].long() // rule.stride + torch.arange(n, device=q.device) * (held + 1)
     row = (first[:, None] + slot).clamp(max=max(keys.shape[1] - 1, 0))
     used = (slot < (after // rule.stride)[:, None])[..., None, None]
@@ -396,7 +437,7 @@ def rat_attention_step(
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]),), features)
     name = backends.choose(STEP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g))
     if name == "chunked":
-        with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+        with _no_autocast(q), torch.no_grad():
             return reference.step(
                 q, k, v, g, parts, chunk_size=chunk_size, rope_base=rope_base, dilation=dilation, window=window,
                 prefix_len=prefix_len, head_map=head_map, scale=scale, state_indices=state_indices,

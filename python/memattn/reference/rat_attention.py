@@ -89,6 +89,7 @@ def loop(
         bounds = cu_seqlens.tolist()
         sequences = [(0, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     state = initial_state or empty_state(rule, len(sequences), v)
+    room = rule.kept(max((end - begin for _, begin, end in sequences), default=q.shape[1]))
     o = torch.zeros(*q.shape[:2], *v.shape[2:], dtype=dtype, device=q.device)
     rows, finals = [list(o[b].unbind(0)) for b in range(q.shape[0])], []
     for n, (b, begin, end) in enumerate(sequences):
@@ -107,14 +108,14 @@ def loop(
             weights = (scale * (rotate(wide_q[b, t], position, rope_base) * keys).sum(-1)).softmax(0)
             rows[b][t] = (weights[..., None] * values).sum(0)
             entries[p] = (keys[-1].to(q.dtype), value.to(q.dtype))
-        finals.append(_parts(rule, entries, state, n, length + end - begin, rule.kept(q.shape[1]), key, value))
+        finals.append(_parts(rule, entries, state, n, length + end - begin, room, key, value))
     if q.shape[0] and q.shape[1]:
         o = torch.stack([torch.stack(row) for row in rows])
     final = None
     if output_final_state:
         gathered = zip(*finals, strict=True)
         final = tuple(None if x[0] is None else torch.stack(x) for x in gathered)
-        final = final or empty_state(rule, 0, v, state[0].shape[1] + rule.kept(q.shape[1]))
+        final = final or empty_state(rule, 0, v, state[0].shape[1] + room)
     return o.to(q.dtype), final
 
 
@@ -196,10 +197,11 @@ def chunked(
         return o, parts if output_final_state else None
     bounds = cu_seqlens.tolist()
     state = initial_state or empty_state(rule, len(bounds) - 1, v)
+    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     results = []
     for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = tuple(x if x is None else x[n : n + 1] for x in state)
-        results.append(_batch(q[:, a:b], k[:, a:b], v[:, a:b], g[:, a:b], own, q.shape[1], settings))
+        results.append(_batch(q[:, a:b], k[:, a:b], v[:, a:b], g[:, a:b], own, longest, settings))
     o = torch.cat([o for o, _ in results], 1)
     if not output_final_state:
         return o, None
