@@ -12,6 +12,7 @@ from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
@@ -31,6 +32,8 @@ __all__ = [
     "KVCache",
     "Memformer",
     "MemoryTokensState",
+    "RAT",
+    "RATPlus",
     "RecurrentMemory",
     "SlidingWindowAttention",
     "StackState",
