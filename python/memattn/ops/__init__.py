@@ -6,6 +6,7 @@ from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.segment_memory import segment_memory, segment_memory_step
 
 __all__ = [
     "AttentionOutput",
@@ -20,4 +21,6 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "merge_states",
+    "segment_memory",
+    "segment_memory_step",
 ]
