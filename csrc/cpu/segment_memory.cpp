@@ -1,4 +1,4 @@
-// Segment memory, forward: the normaliser's table, the memory's table (tasks are heads × columns of V), then all reads.
+// Segment memory, forward: the table of the normaliser, that of the memory (tasks: heads × columns of V), all reads.
 #include "segment_memory.h"
 
 namespace memattn::cpu {
@@ -208,15 +208,19 @@ SegmentMemory read_arguments(const char* op, const Tensor& q, const Tensor& k, c
   if (settings.query_segment < 1 || settings.key_segment < 1) {
     fail(op, "segments must have at least 1 token; got ", settings.query_segment, " and ", settings.key_segment);
   }
-  if (cu_seqlens.has_value() != cu_seqlens_k.has_value()) fail(op, "cu_seqlens and cu_seqlens_k must be given together");
-  SegmentMemory m{settings};
+  if (cu_seqlens.has_value() != cu_seqlens_k.has_value()) {
+    fail(op, "cu_seqlens and cu_seqlens_k must be given together");
+  }
+  SegmentMemory m{};
+  static_cast<SegmentSettings&>(m) = settings;
   const auto layout = [&](const std::optional<Tensor>& bounds, int64_t length) {
     return bounds ? SequenceLayout::packed(read_cu_seqlens(op, *bounds, b, length)) : SequenceLayout::batch(b, length);
   };
   m.queries = layout(cu_seqlens, t);
   m.keys = layout(cu_seqlens_k, tokens);
   if (m.queries.count() != m.keys.count()) {
-    fail(op, "cu_seqlens_k must hold as many sequences as cu_seqlens; got ", m.keys.count(), " and ", m.queries.count());
+    fail(op, "cu_seqlens_k must hold as many sequences as cu_seqlens; got ", m.keys.count(), " and ",
+         m.queries.count());
   }
   m.heads = heads;
   m.key_heads = key_heads;

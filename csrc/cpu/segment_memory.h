@@ -2,9 +2,9 @@
 // python/memattn/ops/segment_memory.py.
 //
 // A slot of the table `states` is the memory [K, columns] of one head that a segment starts with; a sequence has one
-// more, its final memory. Segments are walked in order, because the frozen delta rule's affine form (I - Kᵀ D K) M + Kᵀ U
-// costs 2 C K (K + V) + 2 K K V against 4 C K V of reading and writing the rows: never less for K ≥ V, and heads and
-// columns of V give tasks enough. Reads need only the table, so they are all parallel.
+// more, its final memory. Segments are walked in order: the affine form of the frozen delta rule costs more products
+// (ops/segment_memory.py), and heads and columns of V give tasks enough. Reads need only the table, so they are all
+// parallel.
 #pragma once
 
 #include "../common/sequences.h"

@@ -1,8 +1,10 @@
 // Segment memory, backward. First every read gives its queries' gradients and the table's; then segments in reverse,
 // with D the gradient of the memory after a segment, M and z the memory and the normaliser before it, U = β e:
-//   reads:   o = r (Q M), r = 1 / (Q z + eps):   dN = r dO, dd = -r <dO, o>:   dQ = dN Mᵀ + dd zᵀ, dM += Qᵀ dN, dz += Qᵀ dd
+//   reads:   o = r (Q M), r = 1 / (Q z + eps):   dN = r dO,  dd = -r <dO, o>
+//            dQ = dN Mᵀ + dd zᵀ,  dM += Qᵀ dN,  dz += Qᵀ dd
 //   writes:  e = V - r (K M):   dU = K D,  dβ = <dU, e>,  dV = β dU,  dK = U Dᵀ + γ dzᵀ
-//            and through r (K M), with P = -r dV and dd = β r <dU, r (K M)>:   dK += P Mᵀ + dd zᵀ,  D += Kᵀ P,  dz += Kᵀ dd
+//            and through r (K M), with P = -r dV and dd = β r <dU, r (K M)>:
+//            dK += P Mᵀ + dd zᵀ,  D += Kᵀ P,  dz += Kᵀ dd
 #include "segment_memory.h"
 
 namespace memattn::cpu {
