@@ -97,9 +97,30 @@ def as_op(form: Callable) -> Callable:
 definition = as_op(reference.loop)
 
 
+class _RoundedProduct(torch.autograd.Function):
+    """a b, and the products of its backward, with every operand rounded."""
+
+    @staticmethod
+    def forward(ctx, a, b, dtype):
+        ctx.save_for_backward(a, b)
+        ctx.dtype = dtype
+        return _rounded(a, dtype) @ _rounded(b, dtype)
+
+    @staticmethod
+    def backward(ctx, dc):
+        a, b, dc = (_rounded(x, ctx.dtype) for x in (*ctx.saved_tensors, dc))
+        return dc @ b.mT, a.mT @ dc, None
+
+
+def _rounded(x, dtype):
+    return x.to(dtype).to(x.dtype)
+
+
 def comparator(dtype: torch.dtype) -> Callable:
     """The fallback with the rounding points of a kernel for `dtype`."""
-    return as_op(functools.partial(reference.chunked, operand_dtype=dtype if dtype.itemsize == 2 else None))
+    if dtype.itemsize != 2:
+        return as_op(reference.chunked)
+    return as_op(functools.partial(reference.chunked, dot=lambda a, b: _RoundedProduct.apply(a, b, dtype)))
 
 
 INFINI = SegmentCase("infini")

@@ -1,13 +1,14 @@
 """Segment memory in plain torch.
 
 `loop` is the definition, segment by segment and write by write; in float64 it is the truth every backend is measured
-against. `chunked` is the fallback that runs anywhere torch does, and the comparator for tolerances: `operand_dtype`
-rounds the operands of each matrix product as a 16-bit kernel does, everything else stays in the accumulate dtype.
+against. `chunked` is the fallback that runs anywhere torch does, and the comparator for tolerances: then `dot` rounds
+the operands of each matrix product as a 16-bit kernel does, everything else stays in the accumulate dtype.
 `step` goes on with an open segment in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,15 +137,9 @@ def chunked(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    operand_dtype: torch.dtype | None = None,
+    dot: Callable[[Tensor, Tensor], Tensor] = _plain,
 ) -> tuple[Tensor, Tensor]:
-    """The same with one matrix product per segment and side."""
-
-    def dot(a, b):
-        if operand_dtype is not None:
-            a, b = (x.to(operand_dtype).to(x.dtype) for x in (a, b))
-        return a @ b
-
+    """The same with one matrix product `dot` per segment and side."""
     o, state = _over_sequences(rule, q, k, v, beta, initial_state, cu_seqlens, cu_seqlens_k, _written, dot)
     return o.to(q.dtype), state.clone()
 
