@@ -1,11 +1,13 @@
 """Memories as torch.nn modules: parameters, projections and state. The arithmetic is in `memattn.ops`."""
 
+from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hybrid_stack import HybridStack, StackState
+from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import KVCache, WindowCache
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
@@ -15,12 +17,15 @@ from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
 
 __all__ = [
+    "AssociativeRecurrentMemory",
     "DeltaNet",
     "DeltaRuleState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HybridStack",
+    "InfiniAttention",
+    "InfiniAttentionState",
     "KVCache",
     "Memformer",
     "MemoryTokensState",
