@@ -31,6 +31,7 @@ OPS = (
     "rat_attention",
     "slot_write",
     "memory_recall",
+    "segment_memory",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
