@@ -18,7 +18,7 @@ CEILING = 600
 # room -> rooms of memattn it may import from; a room is the part after "memattn."
 MAY_IMPORT = {
     "nn": {"nn", "ops", "state"},
-    "ops": {"_native", "backends", "kernels", "ops._checks", "ops._library", "ops._sequences", "reference"},
+    "ops": {"_native", "backends", "kernels", "ops._checks", "ops._library", "ops._sequences", "reference", "state"},
     "kernels": {"kernels"},
     "reference": {"reference"},
     "backends": {"_native"},

@@ -15,6 +15,7 @@ namespace memattn::cpu {
 struct Attention {
   SequenceLayout queries, keys;  // the same number of sequences
   AttentionMask mask;
+  std::vector<int64_t> q_offsets;  // of each sequence, on top of the mask's; empty: none
   int64_t heads, key_heads;
   int key_dim, value_dim;
   const void *q, *k, *v;  // [tokens, heads or key_heads, key_dim or value_dim] of `element`
@@ -28,7 +29,11 @@ struct Attention {
   int64_t head(int64_t key_head, int64_t member) const {
     return tile_heads ? member * key_heads + key_head : key_head * group() + member;
   }
-  SeenKeys seen(int64_t sequence) const { return {mask, queries.length(sequence), keys.length(sequence)}; }
+  SeenKeys seen(int64_t sequence) const {
+    AttentionMask own = mask;
+    if (!q_offsets.empty()) own.q_offset += q_offsets[sequence];
+    return {own, queries.length(sequence), keys.length(sequence)};
+  }
 
   template <class Acc>
   Acc sink_of(int64_t h) const {
@@ -47,6 +52,17 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                          const std::optional<Tensor>& sink, const std::optional<Tensor>& decay,
                          const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const AttentionSettings& settings);
+
+// What backward reads besides the arguments, and where its results go.
+struct AttentionGradients {
+  const void *o, *d_o;         // like q with V columns
+  const void *lse, *d_lse;     // [tokens, heads] in the accumulate type; d_lse may be null
+  void *dq, *dk, *dv;          // like q, k, v
+  double* ddecay;              // like decay, or null
+};
+
+// The gradients of a call with tensors of `type`.
+void differentiate(const Attention& a, ScalarType type, const AttentionGradients& g, void* dsink);
 
 inline constexpr int kKeys = 64;  // of a tile; tiles begin at its multiples, so that bits do not depend on the queries
 
