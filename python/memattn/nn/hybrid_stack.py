@@ -21,7 +21,7 @@ LayerFactory = Callable[..., nn.Module]
 # Short names in specs such as "gdn:3,attn:1". Each is called with (embed_dim, num_heads, device=…, dtype=…, **options).
 LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
-    "delta": DeltaNet,
+    "deltanet": DeltaNet,
 }
 
 
