@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memattn.nn.segment_recurrence import SegmentRecurrence
+from memattn.nn.memory_tokens import MemoryTokens
 
 
-class RecurrentMemory(SegmentRecurrence):
+class RecurrentMemory(MemoryTokens):
     """Memory tokens before and after each segment; what the backbone makes of the last ones is the next memory.
 
     [·, y_s, M_{s+1}] = backbone([M_s, x_s, M_s]),  M_0 = memory [num_memory_tokens, embed_dim], learned
 
-    backbone: y = backbone(x) with [B, n, embed_dim] in and out, see `SegmentRecurrence`; a layer of memattn.nn, a
+    backbone: y = backbone(x) with [B, n, embed_dim] in and out, see `MemoryTokens`; a layer of memattn.nn, a
     HybridStack, or any causal module. The memory rows in front are seen by the whole segment, those behind see all of
     it. segment_size tokens make a segment; an open segment writes nothing until it is full.
 

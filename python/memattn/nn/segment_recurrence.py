@@ -1,91 +1,94 @@
-"""What RecurrentMemory and SummaryTokens share: a backbone reads segments and leaves rows for the next ones."""
+"""What layers share whose memory is read by every token and written once per segment of tokens."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from memattn.nn.padding import valid_runs
+from memattn.nn.padding import PaddedRows
 from memattn.ops import _checks as check
 from memattn.state import MemoryState
 
 
-class SegmentState(MemoryState):
-    """Where each sequence stands: what closed segments left, and the open one.
+class SlotMemory(MemoryState):
+    """slots [N, M, D], float32; written [N] int64, segments written so far: at 0 the layer's initial slots stand in."""
 
-    memory [N, R, D] in the layer's dtype, the newest rows last; closed [N] int64, how many segments were closed;
-    position [N] int64, tokens of the open segment; backbone, its state after them (None where it has none).
+    fields: ClassVar[tuple[str, ...]] = ("slots", "written")
+
+    def __init__(self, slots: Tensor, written: Tensor) -> None:
+        self.slots = slots
+        self.written = written
+
+    def or_initial(self, initial: Tensor) -> Tensor:
+        """The slots, `initial` [M, D] in rows that were never written."""
+        return torch.where((self.written == 0)[:, None, None], initial.to(self.slots.dtype), self.slots)
+
+
+class SegmentState(MemoryState):
+    """memory: what earlier segments left. open [N, S, F]: features of the open segment's tokens, of which the first
+    filled [N] int64 count, 0 ≤ filled < S; both None where every row stands at the end of a segment.
     """
 
-    fields: ClassVar[tuple[str, ...]] = ("memory", "closed", "position", "backbone")
+    fields: ClassVar[tuple[str, ...]] = ("memory", "open", "filled")
 
-    def __init__(self, memory: Tensor, closed: Tensor, position: Tensor, backbone: Any) -> None:
-        self.memory, self.closed, self.position, self.backbone = memory, closed, position, backbone
+    def __init__(self, memory: Any, open: Tensor | None = None, filled: Tensor | None = None) -> None:
+        self.memory = memory
+        self.open = open
+        self.filled = filled
+
+
+def choose(rows: Tensor, a: MemoryState, b: MemoryState) -> Any:
+    """The state with `rows` [N] bool of a and the others of b; their tensors correspond."""
+    parts = ((getattr(a, name), getattr(b, name)) for name in a.fields)
+    return type(a)(*(torch.where(rows.view(-1, *(1,) * (x.dim() - 1)), x, y.to(x.dtype)) for x, y in parts))
 
 
 class SegmentRecurrence(nn.Module):
-    """Base: the backbone reads [prefix; segment; queries], and its outputs at the queries become memory.
+    """Base of Memformer and BlockRecurrentAttention.
 
-    A subclass says what prefix a memory gives (`_prefix`), which queries are appended (`_queries`) and what their
-    outputs make of the memory (`_updated`).
-
-    The backbone is any module with y = backbone(x), x and y [B, n, embed_dim], for every n; it should be causal, or
-    tokens see later ones of their segment. If it also has init_state(batch), step(x, state) and
-    backbone(x, state, attention_mask=…, return_state=True), as layers of memattn.nn have, then so has this module. If
-    not, an open segment cannot be carried: step, padding, packed sequences and states inside a segment are refused.
+    Tokens become features once (`_features`), read the memory that the segments before theirs left (`_read`), and a
+    segment is written (`_write`) when its last token has come: a segment of fewer tokens stays open in the state. So a
+    sequence may be handed over at any token. A subclass sets embed_dim, segment_len, feature_dim and implements the
+    three and `_empty`.
     """
 
-    def __init__(self, backbone: nn.Module, embed_dim: int, segment_size: int, bptt_depth: int | None) -> None:
-        super().__init__()
-        for name, value in (("segment_size", segment_size), ("bptt_depth", bptt_depth)):
-            if value is not None and value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} is {value}; allowed: ≥ 1")
-        self.backbone: Any = backbone
-        self.embed_dim, self.segment_size, self.bptt_depth = embed_dim, segment_size, bptt_depth
-        self.stateful = hasattr(backbone, "init_state")
+    embed_dim: int
+    segment_len: int
+    feature_dim: int
 
-    def _prefix(self, memory: Tensor, closed: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
-        """Rows before a segment [N, P, D] and which of them count [N, P], those last. most: closed [N] is no more."""
+    def _empty(self, batch: int, like: Tensor) -> MemoryState:
         raise NotImplementedError
 
-    def _queries(self, memory: Tensor, closed: Tensor) -> Tensor:
-        """Rows after a segment [N, m, D]."""
+    def _features(self, x: Tensor) -> Tensor:
+        """x [B, T, embed_dim] -> [B, T, F], what each token contributes."""
         raise NotImplementedError
 
-    def _updated(self, memory: Tensor, written: Tensor) -> Tensor:
-        """The memory [N, R, D] after outputs [N, m, D] at the queries."""
+    def _read(self, memory: Any, features: Tensor) -> Tensor:
+        """Features [B, t ≤ S, F] of a segment from its start -> y [B, t, embed_dim]; causal in the segment."""
         raise NotImplementedError
 
-    def _empty_memory(self, batch: int) -> Tensor:
-        """Zeros [batch, R, D] in the parameters' dtype, on their device."""
+    def _read_token(self, memory: Any, open: Tensor, filled: Tensor) -> Tensor:
+        """y [B, 1, embed_dim] of token filled[b] of the open segments [B, S, F], whose features are already there."""
         raise NotImplementedError
 
-    def _reset_own(self) -> None:
-        """Initialise the parameters that are not the backbone's."""
+    def _write(self, memory: Any, features: Tensor) -> Any:
+        """The memory after a whole segment [B, S, F]."""
         raise NotImplementedError
-
-    def _sizes(self, tokens: int, opened: bool) -> list[int]:
-        """Lengths of the segments that `tokens` tokens can touch; opened: the first may have begun before them."""
-        tokens += self.segment_size - 1 if opened and tokens else 0
-        return [self.segment_size] * -(-tokens // self.segment_size)
-
-    def _cut(self, n: int, segments: int) -> bool:
-        """Whether gradients end where segment n of a call begins."""
-        return self.bptt_depth is not None and n <= segments - self.bptt_depth
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter again, e.g. after `to_empty` brought the module from the meta device."""
-        self.backbone.reset_parameters()
-        self._reset_own()
+        """Initialise every parameter again, e.g. after `to_empty` brought the layer from the meta device."""
+        for child in cast("Iterator[Any]", self.children()):
+            child.reset_parameters()
 
-    def init_state(self, batch: int, **options: Any) -> SegmentState:
-        """Nothing read yet; `options` go to the backbone's init_state."""
-        memory = self._empty_memory(batch)
-        none = memory.new_zeros(batch, dtype=torch.int64)
-        inner = self.backbone.init_state(batch, **options) if self.stateful else None
-        return SegmentState(memory, none, none.clone(), inner)
+    def init_state(self, batch: int) -> SegmentState:
+        """The empty memory of `batch` sequences on the parameters' device, with room for an open segment."""
+        like = next(self.parameters())
+        open = like.new_zeros(batch, self.segment_len, self.feature_dim)
+        return SegmentState(self._empty(batch, like), open, like.new_zeros(batch, dtype=torch.int64))
 
     def forward(
         self,
@@ -93,152 +96,102 @@ class SegmentRecurrence(nn.Module):
         state: SegmentState | None = None,
         *,
         attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, SegmentState]:
-        """All tokens at once, for training and prefill.
+        """All tokens at once, for training and prefill; segments follow one another.
 
-        x [B, T, embed_dim]. state: where each sequence starts, None for the beginning; it is not changed.
-        attention_mask [B, T] bool or integer: one contiguous run of valid (nonzero) tokens per row; only they count,
-        the other outputs are 0. cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state
-        has N rows. Returns y [B, T, embed_dim], or (y, new state) with return_state.
+        x [B, T, embed_dim]. state: where each sequence starts, None for empty; it is not changed.
+        attention_mask [B, T] bool or integer: one contiguous run of valid (nonzero) tokens per row. The others reach
+        nothing, their output is 0, and the returned state is the one after the last valid token.
+        Returns y [B, T, embed_dim], or (y, new state) with return_state. Packed sequences are not taken: where their
+        segments start would have to be known to the host; pad them instead.
         """
-        self._check(x)
-        rows = valid_runs(type(self).__name__, x, attention_mask, cu_seqlens)
-        x = x if rows is None else rows.align(x)
-        if state is not None and state.batch != x.shape[0]:
-            raise ValueError(f"{type(self).__name__}: state has batch {state.batch}; expected {x.shape[0]} like x")
-        if self.stateful:
-            y, after = self._read(x, state, None if rows is None else rows.length)
-        else:
-            self._refuse(x, state, rows is not None, return_state)
-            y, after = self._read_even(x, state)
-        y = y if rows is None else rows.restore(y)
+        self._check(x, state)
+        rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
+        features = self._features(x if rows is None else rows.align(x))
+        state = SegmentState(self._empty(x.shape[0], features)) if state is None else state
+        y, after = self._run(features, state, None if rows is None else rows.length)
+        if rows is not None:
+            y = rows.restore(y)
         return (y, after) if return_state else y
 
-    def _read(self, x: Tensor, state: SegmentState | None, lengths: Tensor | None) -> tuple[Tensor, SegmentState]:
-        """Each row may stand elsewhere in its segment and end elsewhere: segments of equal size, the rest masked."""
-        (batch, total), opened = x.shape[:2], state is not None
-        state = self.init_state(batch) if state is None else state.clone()
-        lengths = torch.full_like(state.position, total) if lengths is None else lengths
-        taken, before, sizes = torch.zeros_like(lengths), 0, self._sizes(total, opened)
-        outputs: list[Tensor] = []
-        kept = [lengths.new_zeros(batch, 0, dtype=torch.bool)]
-        for n, size in enumerate(sizes):
-            state = state.detach() if self._cut(n, len(sizes)) else state
-            # Slot i of the segment holds the row's token taken − position + i.
-            slot = torch.arange(size if opened else min(size, total - before), device=x.device)
-            token = (taken - state.position)[:, None] + slot
-            valid = (slot >= state.position[:, None]) & (token < lengths[:, None])
-            y, state = self._read_segment(_picked(x, token, valid), valid, state, size, None if opened else n)
-            outputs.append(y)
-            kept.append(valid)
-            taken, before = taken + valid.sum(1), before + size
-        # The row's token t lies in the slot at which the count of valid ones reaches t + 1.
-        count = torch.cat(kept, 1).cumsum(1)
-        column = torch.searchsorted(count, torch.arange(1, total + 1, device=x.device).repeat(batch, 1))
-        y = torch.cat(outputs or [x], 1)
-        return _picked(y, column, column < count.shape[1]), state
+    def _run(self, features: Tensor, state: SegmentState, lengths: Tensor | None) -> tuple[Tensor, SegmentState]:
+        """lengths [B]: valid tokens in front of each row; None: all."""
+        batch, tokens, _ = features.shape
+        memory, size, total, own = state.memory, self.segment_len, lengths, None
+        if state.open is not None and state.filled is not None:  # z: the open segment's tokens, then the new ones
+            position = torch.arange(size - 1 + tokens, device=features.device)
+            own = torch.arange(tokens, device=features.device) + state.filled[:, None]
+            source = torch.where(position < state.filled[:, None], position, position - state.filled[:, None] + size)
+            joined = torch.cat([state.open.to(features.dtype), features], 1)
+            z = _rows(joined, source.clamp(max=size + tokens - 1))  # what lies behind total is nobody's
+            total = state.filled + (tokens if lengths is None else lengths)
+        else:
+            z = features
+        outputs = [z.new_zeros(batch, 0, self.embed_dim)]
+        for start in range(0, z.shape[1], size):
+            segment = z[:, start : start + size]
+            outputs.append(self._read(memory, segment))
+            if segment.shape[1] == size:
+                written = self._write(memory, segment)
+                memory = written if total is None else choose(total >= start + size, written, memory)
+        y = torch.cat(outputs, 1)
+        memory = memory.clone() if memory is state.memory else memory
+        return y if own is None else _rows(y, own), SegmentState(memory, *self._remainder(z, total))
 
-    def _read_segment(
-        self, part: Tensor, valid: Tensor, state: SegmentState, size: int, most: int | None
-    ) -> tuple[Tensor, SegmentState]:
-        """Slots [N, n, D] of a segment of `size` tokens: rows that begin it see the prefix, full ones the queries."""
-        used = valid.sum(1)
-        begins, full = (state.position == 0) & (used > 0), state.position + used >= size
-        prefix, counts = self._prefix(state.memory, state.closed, most)
-        queries = self._queries(state.memory, state.closed)
-        mask = torch.cat([counts & begins[:, None], valid, full[:, None].expand(queries.shape[:2])], 1)
-        z, inner = self.backbone(
-            torch.cat([prefix, part, queries], 1), state.backbone, attention_mask=mask, return_state=True
-        )
-        _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
-        memory = torch.where(full[:, None, None], self._updated(state.memory, written), state.memory)
-        position = torch.where(full, 0, state.position + used)
-        return y, SegmentState(memory, state.closed + full, position, inner.reset(full))
-
-    def _read_even(self, x: Tensor, state: SegmentState | None) -> tuple[Tensor, SegmentState]:
-        """For a backbone without a state: every row at the start of a segment, all of one length."""
-        opened, sizes = state is not None, self._sizes(x.shape[1], False)
-        state = self.init_state(x.shape[0]) if state is None else state.clone()
-        outputs: list[Tensor] = []
-        before = 0
-        for n, size in enumerate(sizes):
-            state = state.detach() if self._cut(n, len(sizes)) else state
-            part = x[:, before : before + size]
-            before += size
-            prefix, _ = self._prefix(state.memory, state.closed, None if opened else n)
-            queries = self._queries(state.memory, state.closed)[:, : None if part.shape[1] == size else 0]
-            z = self.backbone(torch.cat([prefix, part, queries], 1))
-            _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
-            outputs.append(y)
-            if part.shape[1] == size:
-                state = SegmentState(self._updated(state.memory, written), state.closed + 1, state.position, None)
-        return torch.cat(outputs or [x], 1), state
+    def _remainder(self, z: Tensor, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The open segment and how full it is after `total` of the tokens z."""
+        size = self.segment_len
+        if total is None:
+            left = z.shape[1] % size
+            if left == 0:
+                return None, None
+            filled = torch.full(z.shape[:1], left, device=z.device)
+            return F.pad(z[:, z.shape[1] - left :], (0, 0, 0, size - left)), filled
+        filled = total.remainder(size)
+        place = torch.arange(size, device=z.device)
+        open = _rows(F.pad(z, (0, 0, 0, size)), (total - filled)[:, None] + place)
+        return torch.where((place < filled[:, None])[..., None], open, 0.0), filled
 
     def step(self, x: Tensor, state: SegmentState) -> tuple[Tensor, SegmentState]:
         """One or a few tokens per sequence, for generation: changes `state` and returns it. Without gradients.
 
-        x [B, t, embed_dim], t ≥ 1. Eager calls on the CPU read prefix and queries only when a row begins or ends a
-        segment; elsewhere they are read, masked, at every token, since looking would wait for the device.
+        x [B, t, embed_dim], t ≥ 1. On the CPU a segment is written when a row has come to its end; elsewhere, and when
+        compiled, every token pays for a write whose result is kept where that is so, since nobody waits for the device.
         """
-        self._check(x)
+        self._check(x, state)
         name = type(self).__name__
-        if not self.stateful:
-            raise NotImplementedError(f"{name}: {type(self.backbone).__name__} has no state, so there is no step")
-        if state.batch != x.shape[0]:
-            raise ValueError(f"{name}: state has batch {state.batch}; expected {x.shape[0]} like x")
-        check.inference_only(name, "forward", x, *self.parameters())
-        return torch.cat([self._step(token, state) for token in x.split(1, 1)], 1), state
+        check.inference_only(f"{name}.step", f"{name}.forward", x, *self.parameters())
+        features = self._features(x)
+        if state.open is None or state.filled is None:
+            state.open = features.new_zeros(x.shape[0], self.segment_len, self.feature_dim)
+            state.filled = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        open, filled, outputs = state.open, state.filled, []
+        for token in features.to(open.dtype).split(1, 1):
+            open.scatter_(1, filled[:, None, None].expand_as(token), token)
+            outputs.append(self._read_token(state.memory, open.to(features.dtype), filled))
+            filled.add_(1)
+            full = filled == self.segment_len
+            if not check.values_checked(full) or bool(full.any()):
+                state.memory.copy_(choose(full, self._write(state.memory, open.to(features.dtype)), state.memory))
+                filled.masked_fill_(full, 0)
+        return torch.cat(outputs, 1), state
 
-    def _step(self, x: Tensor, state: SegmentState) -> Tensor:
-        begins = state.position == 0
-        if _some(begins):
-            prefix, counts = self._prefix(state.memory, state.closed, None)
-            self._feed(prefix, counts & begins[:, None], state)
-        y, _ = self.backbone.step(x, state.backbone)
-        state.position.add_(1)
-        full = state.position >= self.segment_size
-        if _some(full):
-            queries = self._queries(state.memory, state.closed)
-            written = self._feed(queries, full[:, None].expand(queries.shape[:2]), state)
-            memory = self._updated(state.memory, written)
-            state.memory.copy_(torch.where(full[:, None, None], memory, state.memory))
-            state.closed.add_(full)
-            state.position.masked_fill_(full, 0)
-            state.backbone.copy_(state.backbone.reset(full))
-        return y
-
-    def _feed(self, rows: Tensor, mask: Tensor, state: SegmentState) -> Tensor:
-        """The backbone reads the rows that count and goes on from there, in place."""
-        z, after = self.backbone(rows, state.backbone, attention_mask=mask, return_state=True)
-        state.backbone.copy_(after)
-        return z
-
-    def _refuse(self, x: Tensor, state: SegmentState | None, masked: bool, return_state: bool) -> None:
-        """What a backbone without a state cannot do."""
-        name, backbone = type(self).__name__, type(self.backbone).__name__
-        if masked:
-            raise NotImplementedError(f"{name}: {backbone} takes no attention_mask, so neither padding nor cu_seqlens")
-        if return_state and x.shape[1] % self.segment_size:
-            raise NotImplementedError(
-                f"{name}: {x.shape[1]} tokens leave a segment open and {backbone} has no state to carry it; allowed "
-                f"with return_state: multiples of segment_size {self.segment_size}"
-            )
-
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, state: SegmentState | None) -> None:
+        name = type(self).__name__
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
-            )
+            raise ValueError(f"{name}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}")
+        if state is not None and state.batch != x.shape[0]:
+            raise ValueError(f"{name}: state has {state.batch} rows; expected x's batch size {x.shape[0]}")
 
 
-def _picked(x: Tensor, index: Tensor, keep: Tensor) -> Tensor:
-    """x[b, index[b, i]] [N, n, D] where keep, else 0."""
-    index = index.clamp(0, max(x.shape[1] - 1, 0))[..., None].expand(-1, -1, x.shape[2])
-    return torch.where(keep[..., None], x.gather(1, index), x.new_zeros(()))
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, F] at rows index [B, t] -> [B, t, F]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _some(rows: Tensor) -> bool:
-    """False only where values may be read and no row is meant."""
-    return not check.values_checked(rows) or bool(rows.any())
+def head_dim_of(layer: str, embed_dim: int, num_heads: int) -> int:
+    """embed_dim / num_heads, which must be whole."""
+    if embed_dim % num_heads:
+        raise ValueError(f"{layer}: embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+    return embed_dim // num_heads

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memattn.nn.segment_recurrence import SegmentRecurrence
+from memattn.nn.memory_tokens import MemoryTokens
 
 MODES = ("accumulate", "overwrite")
 
 
-class SummaryTokens(SegmentRecurrence):
+class SummaryTokens(MemoryTokens):
     """Learned queries close each segment; the backbone's outputs there are the inputs of all later segments.
 
     [·, y_s, Σ_s] = backbone([Σ_0 … Σ_{s−1}, x_s, queries]),  queries [num_summary_tokens, embed_dim], learned
