@@ -1,5 +1,7 @@
 """HybridStack: blocks of several kinds in a ratio, called as one layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support import layers
@@ -10,14 +12,28 @@ from memattn.nn.hybrid_stack import LAYERS, parse_spec
 
 EMBED = 32
 SMALL = {"hidden_dim": 32}
+WINDOWS = {"swa": {"window": 6}, "lizard": {"window": 5, "feature_dim": 8}}
 STACK = {"depth": 3, "autocast_dtype": torch.float32}
 SUBJECTS = {
     "gdn:2,deltanet:1": Subject(
         lambda **kw: HybridStack(EMBED, 2, "gdn:2,deltanet:1", **SMALL, **kw), EMBED, 16, **STACK
     ),
+    "gdn:1,swa:1,lizard:1": Subject(
+        lambda **kw: HybridStack(EMBED, 2, "gdn,swa,lizard", options=WINDOWS, **SMALL, **kw), EMBED, **STACK
+    ),
+    "a growing cache": Subject(
+        lambda **kw: HybridStack(EMBED, 2, "lizard,fox", options={"lizard": WINDOWS["lizard"]}, **SMALL, **kw),
+        EMBED,
+        state_options={"max_tokens": 40},
+        **STACK,
+    ),
     "inside a recurrent memory": Subject(
         lambda **kw: RecurrentMemory(
-            HybridStack(EMBED, 2, "gdn,deltanet", **SMALL, **kw), EMBED, 2, segment_size=8, **kw
+            HybridStack(EMBED, 2, "gdn,swa", options={"swa": WINDOWS["swa"]}, **SMALL, **kw),
+            EMBED,
+            2,
+            segment_size=8,
+            **kw,
         ),
         EMBED,
         lacks=Lacks(pool="step takes no state_indices"),
@@ -34,7 +50,7 @@ def on_device(device):
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS, compiled=("gdn:2,deltanet:1",)))
+@pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS, compiled=("gdn:1,swa:1,lizard:1",)))
 def test_promises_of_a_layer(subject, check):
     layers.run(check, subject)
 
@@ -75,10 +91,21 @@ def test_the_ratio_is_repeated_up_to_the_depth():
     assert [block.mixer.conv.weight.shape[1] for block in stack.blocks] == [4, 3]
 
 
+def test_a_growing_cache_inside_a_recurrent_memory_outgrows_its_first_room():
+    layer = RecurrentMemory(HybridStack(EMBED, 2, "fox", **SMALL), EMBED, 40, segment_size=100).eval()
+    x = draw(2, 230, EMBED)
+    with torch.no_grad():
+        state, outputs = layer.init_state(2), []
+        for token in x.split(1, 1):
+            outputs.append(layer.step(token, state)[0])
+        layers.close(torch.cat(outputs, 1), layer(x), 1e-5)
+
+
 def test_every_named_layer_can_be_stacked():
     x = draw(1, 5, EMBED)
     for name in LAYERS:
-        y, state = HybridStack(EMBED, 2, name, **SMALL)(x, return_state=True)
+        options = {"swa": {"window": 4}} if name == "swa" else None
+        y, state = HybridStack(EMBED, 2, name, options=options, **SMALL)(x, return_state=True)
         assert y.shape == x.shape and len(state.layers) == 1, name
 
 
@@ -114,3 +141,7 @@ def test_refusals(call, message):
 def test_an_option_that_no_layer_takes_is_refused():
     with pytest.raises(TypeError, match="init_state got max_tokens, which no layer takes"):
         HybridStack(EMBED, 2, "gdn").init_state(2, max_tokens=8)
+
+
+def test_the_page():
+    layers.run_page(Path(__file__).resolve().parent.parent / "docs" / "hybrid_stack.md", 3)

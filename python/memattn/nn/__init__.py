@@ -7,6 +7,7 @@ from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.kv_cache import KVCache, WindowCache
+from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
@@ -22,6 +23,8 @@ __all__ = [
     "GatedRMSNorm",
     "HybridStack",
     "KVCache",
+    "Lizard",
+    "LizardState",
     "Memformer",
     "MemoryTokensState",
     "RecurrentMemory",

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn.delta_net import DeltaNet
+from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
+from memattn.nn.lizard import Lizard
 from memattn.nn.padding import check_mask
 from memattn.nn.residual_block import ResidualBlock
+from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.state import MemoryState
 
 LayerFactory = Callable[..., nn.Module]
@@ -22,6 +25,9 @@ LayerFactory = Callable[..., nn.Module]
 LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
+    "lizard": Lizard,
+    "swa": SlidingWindowAttention,
+    "fox": ForgettingAttention,
 }
 
 
