@@ -34,6 +34,8 @@ def decode(given):
     q, k, v = (given[name].transpose(1, 2) for name in ("q", "k_cache", "v_cache"))
     with torch.no_grad():
         return {"o": F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)}
+
+
 @cache
 def _of_equal_width(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, length: int

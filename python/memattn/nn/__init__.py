@@ -11,6 +11,7 @@ from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
+from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
@@ -35,6 +36,8 @@ __all__ = [
     "InfiniAttention",
     "InfiniAttentionState",
     "KVCache",
+    "Lizard",
+    "LizardState",
     "Memformer",
     "MemoryTokensState",
     "RAT",
