@@ -12,6 +12,7 @@ from memattn.nn.kv_cache import KVCache, WindowCache
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
@@ -29,6 +30,7 @@ __all__ = [
     "KVCache",
     "Memformer",
     "MemoryTokensState",
+    "MultivariateInfiniAttention",
     "RecurrentMemory",
     "SlidingWindowAttention",
     "StackState",
