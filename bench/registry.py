@@ -28,6 +28,7 @@ OPS = (
     "gated_scan",
     "attention",
     "attention_decode",
+    "rat_attention",
     "slot_write",
     "memory_recall",
     "segment_memory",

@@ -10,14 +10,17 @@ from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
-from memattn.nn.kv_cache import KVCache, WindowCache
+from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
+from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
+from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
+from memattn.nn.transformer_xl import TransformerXL
 from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
@@ -28,18 +31,24 @@ __all__ = [
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "HiddenMemory",
     "HierarchicalMemory",
     "HybridStack",
     "InfiniAttention",
     "InfiniAttentionState",
     "KVCache",
+    "Lizard",
+    "LizardState",
     "Memformer",
     "MemoryTokensState",
     "MultivariateInfiniAttention",
+    "RAT",
+    "RATPlus",
     "RecurrentMemory",
     "SlidingWindowAttention",
     "StackState",
     "SummaryTokens",
+    "TransformerXL",
     "WindowCache",
     "WorkingMemory",
     "memory_replay",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from memattn.nn.padding import valid_runs
 from memattn.ops import _checks as check
@@ -212,13 +213,13 @@ class MemoryTokens(nn.Module):
             state.memory.copy_(torch.where(full[:, None, None], memory, state.memory))
             state.closed.add_(full)
             state.position.masked_fill_(full, 0)
-            state.backbone.copy_(self._next_segment(state.backbone, full))
+            _put(state, self._next_segment(state.backbone, full))
         return y
 
     def _feed(self, rows: Tensor, mask: Tensor, state: MemoryTokensState) -> Tensor:
         """The backbone reads the rows that count and goes on from there, in place."""
         z, after = self.backbone(rows, state.backbone, attention_mask=mask, return_state=True)
-        state.backbone.copy_(after)
+        _put(state, after)
         return z
 
     def _refuse(self, x: Tensor, state: MemoryTokensState | None, masked: bool, return_state: bool) -> None:
@@ -243,6 +244,15 @@ def _picked(x: Tensor, index: Tensor, keep: Tensor) -> Tensor:
     """x[b, index[b, i]] [N, n, D] where keep, else 0."""
     index = index.clamp(0, max(x.shape[1] - 1, 0))[..., None].expand(-1, -1, x.shape[2])
     return torch.where(keep[..., None], x.gather(1, index), x.new_zeros(()))
+
+
+def _put(state: MemoryTokensState, after: MemoryState) -> None:
+    """The backbone's state becomes `after`: in the same tensors, unless a cache has grown."""
+    sizes = [[leaf.shape for leaf in pytree.tree_leaves(s) if leaf is not None] for s in (state.backbone, after)]
+    if sizes[0] == sizes[1]:
+        state.backbone.copy_(after)
+    else:
+        state.backbone = after
 
 
 def _some(rows: Tensor) -> bool:

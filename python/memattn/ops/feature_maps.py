@@ -51,8 +51,11 @@ def hedgehog(x: Tensor, weight: Tensor, *, activation: str = "softmax") -> Tenso
     check.dtype(op, "weight", weight, (x.dtype, wide), f" with {check.dtype_name(x.dtype)} x")
     check.device(op, "weight", weight, x, "x")
     check.choice(op, "activation", activation, ACTIVATIONS)
-    with torch.autocast(x.device.type, enabled=False):
-        scores = torch.matmul(x.to(wide).unsqueeze(-2), weight.to(wide)).squeeze(-2)
+    if x.device.type == "meta":  # which autocast does not know
+        scores = x.new_empty(*x.shape[:3], weight.shape[-1], dtype=wide)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bthk,hkf->bthf", x.to(wide), weight.to(wide).expand(heads, -1, -1))
     halves = (scores, -scores)
     features = [F.softmax(s, -1) if activation == "softmax" else s.exp() for s in halves]
     return torch.cat(features, -1).to(x.dtype)
