@@ -14,7 +14,9 @@ from memattn.state import MemoryState
 # Those of plain torch: the local attention of the model, and the full attention that memories are compared with.
 PLAIN = ("local", "full")
 NAMES = (*LAYERS, *PLAIN)
-STACKED = (*LAYERS, "local")  # what --stack may name: full attention cannot carry a text from batch to batch
+# What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
+MEMORIES = tuple(name for name in LAYERS if name != "fox")
+STACKED = (*MEMORIES, "local")
 # The argument by which a layer takes the model's window, where it has one.
 _WINDOW_OF = {"lizard": "window", "swa": "window"}
 
