@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,11 @@ NAMES = (*LAYERS, *PLAIN)
 # What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
 MEMORIES = tuple(name for name in LAYERS if name != "fox")
 STACKED = (*MEMORIES, "local")
-# The argument by which a layer takes the model's window, where it has one.
-_WINDOW_OF = {"lizard": "window", "swa": "window"}
+# What a layer of the demo is given beside its sizes; `window` is the model's.
+_SETTINGS: dict[str, Callable[[int], dict[str, int]]] = {
+    "lizard": lambda window: {"window": window},
+    "swa": lambda window: {"window": window},
+}
 
 
 class LastTokens(MemoryState):
@@ -167,4 +171,5 @@ def make_mixer(name: str, embed_dim: int, num_heads: int, window: int) -> nn.Mod
         return FullAttention(embed_dim, num_heads)
     if name not in LAYERS:
         raise ValueError(f"layers: got {name!r}; allowed are {', '.join(NAMES)}")
-    return LAYERS[name](embed_dim, num_heads, **({_WINDOW_OF[name]: window} if name in _WINDOW_OF else {}))
+    settings = _SETTINGS[name](window) if name in _SETTINGS else {}
+    return LAYERS[name](embed_dim, num_heads, **settings)
