@@ -1,6 +1,7 @@
 """SlidingWindowAttention and ForgettingAttention: the published formula, and what every memory layer promises."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +169,11 @@ def test_extra_repr():
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_page_runs():
+    """The code of docs/softmax_layers.md runs, and its assertions hold."""
+    page = (Path(__file__).parent.parent / "docs" / "softmax_layers.md").read_text()
+    scope: dict = {}
+    for block in page.split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], "docs/softmax_layers.md", "exec"), scope)

@@ -30,7 +30,7 @@ class JoinedRows:
         row = torch.searchsorted(bounds[1:], place, right=True)
         real = row < cache.batch
         row = row.clamp(max=cache.batch - 1)
-        local = place - bounds[row]
+        self.local = local = place - bounds[row]  # place in the own sequence
         self.inner = real & (local > 0)  # rows that follow one of their own sequence
         position = cache._position_of(local, row)
         old = row * slots + cache._slots(position)
@@ -263,23 +263,10 @@ class KVCache(TokenCache):
         return max(self.capacity, int(length.max()))
 
 
-class WindowCache(TokenCache):
-    """The first R = ring_start tokens and the last of the others, in a ring: k, v [N, R + ring, HKV, ·], length [N]."""
+class RingCache(TokenCache):
+    """Base of the caches of fixed size: the first R = ring_start tokens, and the last of the others in a ring."""
 
-    fields: ClassVar[tuple[str, ...]] = ("k", "v", "length")
-    constants: ClassVar[tuple[str, ...]] = ("ring_start",)
-    ring_start: int
-
-    def __init__(self, k: Tensor, v: Tensor, length: Tensor, ring_start: int = 0) -> None:
-        self.k, self.v, self.length, self.ring_start = k, v, length, ring_start
-
-    @classmethod
-    def empty(
-        cls, like: Tensor, batch: int, heads: int, dims: tuple[int, int], window: int, ring_start: int = 0
-    ) -> WindowCache:
-        """No tokens yet; a ring of `window` slots behind ring_start fixed ones, of like's dtype and device."""
-        k, v = (like.new_zeros(batch, ring_start + window, heads, dim) for dim in dims)
-        return cls(k, v, like.new_zeros(batch, dtype=torch.int64), ring_start)
+    ring_start: int = 0
 
     @property
     def ring(self) -> int:
@@ -312,6 +299,33 @@ class WindowCache(TokenCache):
 
     def _capacity_for(self, length: Tensor, new: NewRows) -> int:
         return self.capacity
+
+
+class WindowCache(RingCache):
+    """The first R = ring_start tokens and the last of the others: k, v [N, R + ring, HKV, ·], length int64 [N]."""
+
+    fields: ClassVar[tuple[str, ...]] = ("k", "v", "length")
+    constants: ClassVar[tuple[str, ...]] = ("ring_start",)
+
+    def __init__(self, k: Tensor, v: Tensor, length: Tensor, ring_start: int = 0) -> None:
+        self.k, self.v, self.length, self.ring_start = k, v, length, ring_start
+
+    @classmethod
+    def empty(
+        cls, like: Tensor, batch: int, heads: int, dims: tuple[int, int], window: int, ring_start: int = 0
+    ) -> WindowCache:
+        """No tokens yet; a ring of `window` slots behind ring_start fixed ones, of like's dtype and device."""
+        k, v = (like.new_zeros(batch, ring_start + window, heads, dim) for dim in dims)
+        return cls(k, v, like.new_zeros(batch, dtype=torch.int64), ring_start)
+
+
+class HiddenMemory(RingCache):
+    """The last inputs of a layer: x [N, memory, embed_dim] in a ring, length int64 [N]."""
+
+    fields: ClassVar[tuple[str, ...]] = ("x", "length")
+
+    def __init__(self, x: Tensor, length: Tensor) -> None:
+        self.x, self.length = x, length
 
 
 def _write(cache: Tensor, index: Tensor, values: Tensor, live: Tensor | None) -> None:

@@ -59,6 +59,10 @@ class MemoryTokens(nn.Module):
         """The memory [N, R, D] after outputs [N, m, D] at the queries."""
         raise NotImplementedError
 
+    def _next_segment(self, inner: Any, rows: Tensor) -> Any:
+        """The backbone's state where these rows begin a segment."""
+        return inner.reset(rows)
+
     def _empty_memory(self, batch: int) -> Tensor:
         """Zeros [batch, R, D] in the parameters' dtype, on their device."""
         raise NotImplementedError
@@ -158,7 +162,7 @@ class MemoryTokens(nn.Module):
         _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
         memory = torch.where(full[:, None, None], self._updated(state.memory, written), state.memory)
         position = torch.where(full, 0, state.position + used)
-        return y, MemoryTokensState(memory, state.closed + full, position, inner.reset(full))
+        return y, MemoryTokensState(memory, state.closed + full, position, self._next_segment(inner, full))
 
     def _read_even(self, x: Tensor, state: MemoryTokensState | None) -> tuple[Tensor, MemoryTokensState]:
         """For a backbone without a state: every row at the start of a segment, all of one length."""
@@ -209,7 +213,7 @@ class MemoryTokens(nn.Module):
             state.memory.copy_(torch.where(full[:, None, None], memory, state.memory))
             state.closed.add_(full)
             state.position.masked_fill_(full, 0)
-            _put(state, state.backbone.reset(full))
+            _put(state, self._next_segment(state.backbone, full))
         return y
 
     def _feed(self, rows: Tensor, mask: Tensor, state: MemoryTokensState) -> Tensor:
