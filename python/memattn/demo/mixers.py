@@ -16,10 +16,12 @@ from memattn.state import MemoryState
 PLAIN = ("local", "full")
 NAMES = (*LAYERS, *PLAIN)
 # What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
-MEMORIES = tuple(name for name in LAYERS if name != "fox")
+MEMORIES = tuple(name for name in LAYERS if name not in ("fox", "ratplus"))
 STACKED = (*MEMORIES, "local")
 # What a layer of the demo is given beside its sizes; `window` is the model's.
 _SETTINGS: dict[str, Callable[[int], dict[str, int]]] = {
+    "rat": lambda window: {"num_groups": 1},  # the demo's three heads have no two groups
+    "infini": lambda window: {"segment_size": window},
     "lizard": lambda window: {"window": window},
     "swa": lambda window: {"window": window},
 }
