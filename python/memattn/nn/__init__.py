@@ -1,10 +1,12 @@
 """Memories as torch.nn modules: parameters, projections and state. The arithmetic is in `memattn.ops`."""
 
+from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.memformer import Memformer
@@ -14,14 +16,17 @@ from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
 from memattn.nn.transformer_xl import TransformerXL
+from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
+    "BlockRecurrentAttention",
     "DeltaNet",
     "DeltaRuleState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HiddenMemory",
+    "HierarchicalMemory",
     "HybridStack",
     "KVCache",
     "Memformer",
@@ -32,5 +37,6 @@ __all__ = [
     "SummaryTokens",
     "TransformerXL",
     "WindowCache",
+    "WorkingMemory",
     "memory_replay",
 ]
