@@ -45,8 +45,13 @@ static void score_keys_as(ScalarOf<V>* s, int lds, const ScalarOf<V>* q, int ldq
       }
       for (int row = h * queries; row < (h + 1) * queries; ++row) {
         const ScalarOf<V>* query = q + int64_t{row} * ldq;
+        const auto block = score_block<V, Stored>(query, rows, whole);
+        if (n == V::lanes && whole == dim) {
+          V::store(s + int64_t{row} * lds + from, block);
+          continue;
+        }
         ScalarOf<V> scores[V::lanes];
-        V::store(scores, score_block<V, Stored>(query, rows, whole));
+        V::store(scores, block);
         for (int j = 0; j < n; ++j) {
           for (int d = whole; d < dim; ++d) scores[j] += query[d] * Stored::load_one(rows[j] + d);
           s[int64_t{row} * lds + from + j] = scores[j];
