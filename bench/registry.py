@@ -27,6 +27,7 @@ OPS = (
     "causal_conv1d",
     "gated_scan",
     "attention",
+    "attention_decode",
     "rat_attention",
     "slot_write",
     "memory_recall",

@@ -11,11 +11,13 @@
 
 namespace memattn::cpu {
 
+inline constexpr int64_t kAtTheEnd = -1;  // a q_offset: the last query of each sequence stands at its last key
+
 // The op's arguments and sizes, checked.
 struct Attention {
   SequenceLayout queries, keys;  // the same number of sequences
   AttentionMask mask;
-  std::vector<int64_t> q_offsets;  // of each sequence, on top of the mask's; empty: none
+  std::vector<int64_t> q_offsets;  // of each sequence, in place of the mask's; empty: the mask's
   int64_t heads, key_heads;
   int key_dim, value_dim;
   const void *q, *k, *v;  // [tokens, heads or key_heads, key_dim or value_dim] of `element`
@@ -29,10 +31,15 @@ struct Attention {
   int64_t head(int64_t key_head, int64_t member) const {
     return tile_heads ? member * key_heads + key_head : key_head * group() + member;
   }
+  // Position of a sequence's first query.
+  int64_t offset(int64_t sequence) const {
+    if (!q_offsets.empty()) return q_offsets[sequence];
+    return mask.q_offset == kAtTheEnd ? keys.length(sequence) - queries.length(sequence) : mask.q_offset;
+  }
   SeenKeys seen(int64_t sequence) const {
-    AttentionMask own = mask;
-    if (!q_offsets.empty()) own.q_offset += q_offsets[sequence];
-    return {own, queries.length(sequence), keys.length(sequence)};
+    AttentionMask placed = mask;
+    placed.q_offset = offset(sequence);
+    return {placed, queries.length(sequence), keys.length(sequence)};
   }
 
   template <class Acc>
