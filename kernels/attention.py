@@ -1,15 +1,17 @@
-"""Attention, Triton forward:  o_i = Σ_j e^{s_ij − ℓ_i} v_j,  s_ij = scale · q_i·k_j + c_i − c_j,  ℓ_i = log Σ_j e^{s_ij}.
+"""Attention, Triton forward:
 
-A program owns BLOCK_M query rows of one head of one sequence and passes over the tiles of keys that any of them sees (see
-attention_mask.py) with an online softmax: running maximum m and sum l in base 2, a sink being where they start. First the
-tiles that must be masked, then those that every row sees whole; where keys are dilated, then those are gathered, so that
-tiles of them hold nothing else.
+    o_i = Σ_j e^{s_ij − ℓ_i} v_j        s_ij = scale · q_i·k_j + c_i − c_j        ℓ_i = log Σ_j e^{s_ij}
 
-Shapes: q, o [B,Tq,HQ,K|V]; k, v [B,Tk,HKV,K|V]; lse [B,Tq,HQ]; sink [HQ]; high, low [B,Tk,HQ], c split into two numbers so
-that c_i − c_j keeps its small part; packed sequences with B = 1. Query slots of BLOCK_M rows: see tiles.py.
+A program owns BLOCK_M query rows of one head of one sequence and passes over the tiles of keys that any of them sees
+(attention_mask.py says which) with an online softmax: running maximum m and sum l in base 2, a sink being where they
+start. First the tiles that must be masked, then those that every row sees whole; where keys are dilated, then those are
+gathered, so that tiles of them hold nothing else.
 
-Numerics: scores, softmax and sums in the accumulation type; P is rounded to v's dtype for the product with V. A row that
-sees nothing gives o = 0, ℓ = −inf.
+Shapes: q, o [B,Tq,HQ,K|V]; k, v [B,Tk,HKV,K|V]; lse [B,Tq,HQ]; sink [HQ]; high, low [B,Tk,HQ], c split into two numbers
+so that c_i − c_j keeps its small part; packed sequences with B = 1. Slots of BLOCK_M rows: see tiles.py.
+
+Numerics: scores, softmax and sums in the accumulation type; P is rounded to v's dtype for the product with V. A row
+that sees nothing gives o = 0, ℓ = −inf.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ SIZES = [  # run-time numbers: never compiled in, whatever their value
     "N", "TQ", "TK", "HQ", "HKV", "packed", "has_sink", "tile_heads", "q_offset", "causal", "window", "prefix_len",
     "block_size", "summary", "dilation", "dilated_window", "dilated_prefix", "steps", "rows",
 ]  # fmt: skip
+
+
+@triton.jit
+def first_position(q_offset, rows, length):
+    """Of the queries of a sequence; q_offset −1 puts the last query at the last key."""
+    return tl.where(q_offset < 0, tl.maximum(length - rows, 0), q_offset)
 
 
 @triton.jit
@@ -89,6 +97,7 @@ def forward_kernel(
     n, first_q, rows, part = locate(slot, cu_seqlens_q, N, TQ, BLOCK_M, packed)
     first_k, length = sequence_bounds(n, cu_seqlens_k, TK, packed)
     row, rows = (part * BLOCK_M).to(tl.int32), rows.to(tl.int32)
+    q_offset = first_position(q_offset, rows, length.to(tl.int32))
     length = tl.where(row < rows, length, 0).to(tl.int32)
     y, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     live = y < rows - row
@@ -187,8 +196,8 @@ class Problem:
                 f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: "
                 "allowed: HQ a positive multiple of HKV, K and V up to 256"
             )
-        if min(*mask, q_offset) < 0 or mask[0] > 2:
-            raise ValueError(f"mask {mask}, q_offset {q_offset}: allowed: causal 0, 1 or 2, sizes ≥ 0")
+        if min(*mask, q_offset + 1) < 0 or mask[0] > 2:
+            raise ValueError(f"mask {mask}, q_offset {q_offset}: allowed: causal 0, 1 or 2, sizes ≥ 0, q_offset ≥ −1")
         if packed and (B != 1 or cu_seqlens_q.dim() != 1 or not len(cu_seqlens_q) or cu_seqlens_k is None):
             raise ValueError(f"cu_seqlens_q {list(cu_seqlens_q.shape)} with B = {B}; allowed: both [N+1] with B = 1")
         N = len(cu_seqlens_q) - 1 if packed else B

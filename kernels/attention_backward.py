@@ -6,8 +6,8 @@
 Kernels:
     delta     per row of o: Δ
     queries   per tile of queries and head, over the tiles of keys in reach as in forward: dQ, and the row sums of dS
-    keys      per tile of keys and key head, over the heads that read it and the tiles of queries in reach: dK, dV, and per
-              head the column sums of dS. It computes Sᵀ and dPᵀ as such: see gated_delta_rule_backward.py on transposes
+    keys      per tile of keys and key head, over the heads that read it and the tiles of queries in reach: dK, dV, and
+              per head the column sums of dS. Sᵀ and dPᵀ are computed as such: see gated_delta_rule_backward.py on why
 
 Each score is computed twice, once per kernel, so that no two programs write the same sum: no atomics, and bits repeat.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memattn.kernels import config
-from memattn.kernels.attention import LOG2E, SIZES, Problem, key_head_of, scaled_scores
+from memattn.kernels.attention import LOG2E, SIZES, Problem, first_position, key_head_of, scaled_scores
 from memattn.kernels.attention_mask import key_tiles, row_tiles, seen_pairs, seen_range, visited
 from memattn.kernels.checks import require
 from memattn.kernels.gated_delta_rule import OPERANDS, new
@@ -88,6 +88,7 @@ def queries_kernel(
     n, first_q, rows, part = locate(slot, cu_seqlens_q, N, TQ, BLOCK_M, packed)
     first_k, length = sequence_bounds(n, cu_seqlens_k, TK, packed)
     row, rows = (part * BLOCK_M).to(tl.int32), rows.to(tl.int32)
+    q_offset = first_position(q_offset, rows, length.to(tl.int32))
     length = tl.where(row < rows, length, 0).to(tl.int32)
     y, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     live = y < rows - row
@@ -190,6 +191,7 @@ def keys_kernel(
     n, first_k, length, part = locate(slot, cu_seqlens_k, N, TK, BLOCK_N, packed)
     first_q, rows = sequence_bounds(n, cu_seqlens_q, TQ, packed)
     from_key, length = (part * BLOCK_N).to(tl.int32), length.to(tl.int32)
+    q_offset = first_position(q_offset, rows.to(tl.int32), length)
     rows = tl.where(from_key < length, rows, 0).to(tl.int32)
     y, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     j = from_key + x

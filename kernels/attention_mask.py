@@ -1,13 +1,14 @@
 """Which keys a query sees, for the attention kernels: the rules of reference/attention_mask.py and of
 csrc/cpu/attention_mask.h as arithmetic on positions and tile indices. Nothing T×T is stored.
 
-A mask is the tuple (causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix) of the op's
-schema; a size of 0 stands for "no such term". i is a query's position (row + q_offset), j a key's; `length` counts keys.
+A mask is the tuple (causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix) of the
+op's schema; a size of 0 stands for "no such term". i is a query's position (row + q_offset), j a key's; `length` counts
+keys.
 
     M(i) = {j < prefix_len} ∪ {begin(i) ≤ j < end(i), of which dilation keeps (j+1) mod D = 0, i − j < W, j < P}
 
-begin and end never fall as i grows. So of the key tiles of a tile of queries those that every row sees are neighbours, and
-so are those that any row sees; the same holds for the rows of a tile of keys.
+begin and end never fall as i grows. So of the key tiles of a tile of queries those that every row sees are neighbours,
+and so are those that any row sees; the same holds for the rows of a tile of keys.
 """
 
 import triton

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from memattn import backends, cli, info
+from memattn import backends, cli, feature_table, info
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +77,23 @@ def test_command_line(capsys):
     usage = capsys.readouterr().out
     assert all(name in usage for name in cli.COMMANDS)
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err == "memattn: unknown command 'train'; allowed: info, demo\n"
+    assert capsys.readouterr().err == "memattn: unknown command 'train'; allowed: info, features, demo\n"
+
+
+def test_the_page_of_features_is_that_of_the_registry(capsys):
+    page = Path(__file__).parent.parent / "docs" / "features.md"
+    assert cli.main(["features"]) == 0
+    assert page.read_text() == capsys.readouterr().out, "python -m memattn features > docs/features.md"
+
+
+def test_features_show_what_a_backend_lacks():
+    limits = backends.Limits(("cpu",), (info.torch.float32,), backends.always, (2, 4), frozenset({"packed"}))
+    more = backends.Limits(("cuda",), info.DTYPES, backends.always, features=frozenset({"packed", "backward"}))
+    rows = list(feature_table.lines({"op": {"cpu": limits, "triton": more}}))[2:]
+    assert rows == [
+        "| `op` | devices | – | cuda | cpu | – |",
+        "|  | dtypes | – | f32 bf16 f16 f64 | f32 | – |",
+        "|  | sizes | – | 16–256 | 2–4 | – |",
+        "|  | backward | – | yes | no | – |",
+        "|  | packed | – | yes | yes | – |",
+    ]

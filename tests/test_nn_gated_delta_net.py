@@ -1,16 +1,16 @@
 """GatedDeltaNet and DeltaNet: the published formula, and that training form, prefill and step are one layer."""
 
 import copy
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import layers
 from support.compare import relative_error
+from support.layers import Subject, draw
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from memattn import backends
 from memattn.nn import DeltaNet, GatedDeltaNet
@@ -55,23 +55,8 @@ def make(name, seed=0, **kwargs):
     return layer
 
 
-def draw(*shape, seed=1, dtype=torch.float32):
-    values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    return values.to(torch.get_default_device(), dtype)
-
-
-def warm_state(layer, batch, seed=2):
-    """A state that is not zero."""
-    return layer(draw(batch, 9, EMBED, seed=seed, dtype=layer.out_proj.weight.dtype), return_state=True)[1].detach()
-
-
 def close(x, y, tolerance=5e-6):
     assert relative_error(x, y) <= tolerance
-
-
-def close_states(a, b, tolerance=5e-6):
-    close(a.memory, b.memory, tolerance)
-    close(a.conv, b.conv, tolerance)
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------
@@ -126,79 +111,14 @@ def test_initialisation_is_the_published_one():
     assert abs(layer.qkv_proj.weight.std() - (3 * 64) ** -0.5) < 1e-3
 
 
-# --- one layer in all its forms ---------------------------------------------------------------------------------------
+# --- one layer in all its forms, an ordinary module -------------------------------------------------------------------
+
+SUBJECTS = {n: Subject(make, EMBED, chunk=33 if n == "gated" else 16) for n, make in LAYERS.items()}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("parts", [(33, 37), (1, 0, 64, 5), (2,) * 35])
-def test_prefill_in_parts_equals_the_whole(name, dtype, parts):
-    layer, x = make(name, dtype=dtype), draw(2, T, EMBED, dtype=dtype)
-    with torch.no_grad():
-        start = warm_state(layer, 2)
-        kept = start.clone()
-        y, whole = layer(x, start, return_state=True)
-        state, outputs = start, []
-        for part in x.split(parts, 1):
-            out, state = layer(part, state, return_state=True)
-            outputs.append(out)
-    close(torch.cat(outputs, 1), y, TOLERANCE[dtype])
-    close_states(state, whole, TOLERANCE[dtype])
-    close_states(start, kept, 0)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_step_equals_the_parallel_form(name, dtype, tokens):
-    layer, x = make(name, dtype=dtype), draw(2, 27, EMBED, dtype=dtype)
-    with torch.no_grad():
-        y, whole = layer(x, return_state=True)
-        state, outputs = layer.init_state(2), []
-        addresses = state.memory.data_ptr(), state.conv.data_ptr()
-        for part in x.split(tokens, 1):
-            out, returned = layer.step(part, state)
-            assert returned is state
-            outputs.append(out)
-    close(torch.cat(outputs, 1), y, TOLERANCE[dtype])
-    close_states(state, whole, TOLERANCE[dtype])
-    assert addresses == (state.memory.data_ptr(), state.conv.data_ptr())
-
-
-def test_gradients_cross_the_state(name):
-    layer, x = make(name), draw(2, T, EMBED)
-    y = layer(x)
-    (y * draw(2, T, EMBED, seed=3)).sum().backward()
-    whole = {n: p.grad.clone() for n, p in layer.named_parameters()}
-    layer.zero_grad()
-    first, state = layer(x[:, :41], return_state=True)
-    (torch.cat([first, layer(x[:, 41:], state)], 1) * draw(2, T, EMBED, seed=3)).sum().backward()
-    for n, p in layer.named_parameters():
-        assert relative_error(p.grad, whole[n]) <= 1e-5, n
-
-
-def test_step_on_a_state_pool(name):
-    layer, x = make(name), draw(3, 2, EMBED)
-    with torch.no_grad():
-        pool, rows = warm_state(layer, 5), torch.tensor([4, -1, 1])
-        before = pool.clone()
-        y, _ = layer.step(x, pool, state_indices=rows)
-        for b in (0, 2):
-            alone, state = layer.step(x[b : b + 1], before.reorder(rows[b : b + 1]))
-            close(y[b : b + 1], alone)
-            close_states(pool.reorder(rows[b : b + 1]), state)
-    assert y[1].eq(0).all()
-    untouched = torch.tensor([0, 2, 3])
-    close_states(pool.reorder(untouched), before.reorder(untouched), 0)
-
-
-def test_packed_sequences_equal_separate_ones(name):
-    layer, x = make(name), draw(1, T, EMBED)
-    bounds = [0, 5, 5, 6, 40, T]
-    start = warm_state(layer, 5)
-    y, packed = layer(x, start, cu_seqlens=torch.tensor(bounds), return_state=True)
-    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        alone, state = layer(x[:, a:b], start.reorder(torch.tensor([n])), return_state=True)
-        close(y[:, a:b], alone)
-        close_states(packed.reorder(torch.tensor([n])), state)
+@pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS))
+def test_promises_of_a_layer(subject, check):
+    layers.run(check, subject)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -209,38 +129,6 @@ RUNS = [(0, T), (0, 50), (20, T), (30, 33), (69, T), (7, 7)]  # valid tokens [a,
 def padding(kind=torch.bool):
     position = torch.arange(T)
     return torch.stack([(a <= position) & (position < b) for a, b in RUNS]).to(kind)
-
-
-@pytest.mark.parametrize("with_state", [False, True])
-def test_padded_rows_equal_their_runs_alone(name, with_state):
-    layer, x, mask = make(name), draw(len(RUNS), T, EMBED), padding()
-    x[~mask] = torch.nan
-    start = warm_state(layer, len(RUNS)) if with_state else layer.init_state(len(RUNS))
-    y, padded = layer(x, start if with_state else None, attention_mask=mask, return_state=True)
-    assert y[~mask].eq(0).all()
-    for b, (i, j) in enumerate(RUNS):
-        row = torch.tensor([b])
-        alone, state = layer(x[b : b + 1, i:j], start.reorder(row), return_state=True)
-        close(y[b : b + 1, i:j], alone)
-        close_states(padded.reorder(row), state)
-
-
-def test_gradients_of_padded_rows(name):
-    layer, mask = make(name), padding(torch.int64)
-    x = draw(len(RUNS), T, EMBED).requires_grad_()
-    weights = draw(len(RUNS), T, EMBED, seed=3)
-    y, state = layer(x, attention_mask=mask, return_state=True)
-    ((y * weights).sum() + state.memory.sum()).backward()
-    padded, x_grad = {n: p.grad.clone() for n, p in layer.named_parameters()}, x.grad.clone()
-    assert x_grad[mask == 0].eq(0).all()
-    layer.zero_grad()
-    x.grad = None
-    for b, (i, j) in enumerate(RUNS):
-        y, state = layer(x[b : b + 1, i:j], return_state=True)
-        ((y * weights[b : b + 1, i:j]).sum() + state.memory.sum()).backward()
-    close(x_grad, x.grad)
-    for n, p in layer.named_parameters():
-        assert relative_error(padded[n], p.grad) <= 1e-5, n
 
 
 def test_align_and_restore_are_inverse():
@@ -277,7 +165,7 @@ def test_no_value_is_read_on_the_host():
     assert y.shape == x.shape and state.memory.shape == (2, 3, 16, 16) and state.conv.shape == (2, 144, 3)
 
 
-# --- an ordinary module -----------------------------------------------------------------------------------------------
+# --- the module itself -----------------------------------------------------------------------------------------------
 
 
 def test_state_dict():
@@ -301,75 +189,6 @@ def test_extra_repr():
     assert "48, num_heads=2, head_dim=16, num_value_heads=4, value_head_dim=24, chunk_size=16, backend='chunk" in text
     assert "ShortConv(160, width=3, bias=True)" in text and "GatedRMSNorm(24, eps=1e-05)" in text
     assert "allow_neg_eigval=True" in repr(LAYERS["negative"]())
-
-
-def test_deepcopy_and_pickle(name):
-    layer, x = make(name), draw(2, 9, EMBED)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x), layer(x))
-
-
-def test_meta_device_then_reset_parameters_gives_a_fresh_layer(name):
-    meta = LAYERS[name](device="meta")
-    assert all(p.is_meta for p in meta.parameters()) and meta.init_state(2).memory.is_meta
-    torch.manual_seed(7)
-    meta.to_empty(device=torch.get_default_device()).reset_parameters()
-    torch.manual_seed(7)
-    for (n, p), q in zip(meta.named_parameters(), LAYERS[name]().parameters(), strict=True):
-        assert torch.equal(p, q), n
-
-
-def test_autocast(name, device):
-    layer, x = make(name), draw(2, T, EMBED)
-    with torch.autocast(device, torch.bfloat16):
-        y, state = layer(x, return_state=True)
-        y2 = layer(x, state, attention_mask=torch.ones(2, T, dtype=torch.bool))
-    assert y.dtype == y2.dtype == torch.bfloat16 and state.memory.dtype == state.conv.dtype == torch.float32
-    close(y, layer(x), 2e-2)
-    (y.float().square().sum() + y2.float().sum()).backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in layer.parameters())
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        stepped, _ = layer.step(x[:, :1], layer.init_state(2))
-    close(stepped, y[:, :1], 2e-2)
-
-
-def test_activation_checkpointing(name):
-    layer, x, start = make(name), draw(2, 40, EMBED).requires_grad_(), warm_state(make(name), 2)
-    gradients = []
-    for run in (layer, lambda *a, **kw: checkpoint(layer, *a, use_reentrant=False, **kw)):
-        y, state = run(x, start, return_state=True)
-        leaves = [x, *layer.parameters()]
-        gradients.append(torch.autograd.grad(y.square().sum() + state.memory.sum(), leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_compile_fullgraph_forward_and_backward(name):
-    layer, x = make(name), draw(len(RUNS), T, EMBED)
-    start, mask = warm_state(layer, len(RUNS)), padding()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    outputs, gradients = [], []
-    for run in (layer, compiled):
-        y, state = run(x, start, attention_mask=mask, return_state=True)
-        gradients.append(torch.autograd.grad((y * x).sum() + state.memory.sum(), list(layer.parameters())))
-        outputs.append((y, state))
-    close(outputs[1][0], outputs[0][0])
-    close_states(outputs[1][1], outputs[0][1])
-    for (n, _), a, b in zip(layer.named_parameters(), *gradients, strict=True):
-        assert relative_error(b, a) <= 1e-5, n
-
-
-def test_compile_fullgraph_packed_and_step(device):
-    layer, x = make("grouped"), draw(1, T, EMBED)
-    bounds, start = torch.tensor([0, 11, 40, T]), warm_state(layer, 3)
-    if backends.choose("gated_delta_rule_step", backends.Request(device, torch.float32)) == "chunked":
-        pytest.skip("plain torch walks packed sequences and state pools on the host")
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    close(compiled(x, start, cu_seqlens=bounds), layer(x, start, cu_seqlens=bounds))
-    step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        ours, theirs = start.clone(), start.clone()
-        close(step(x[:, :3].transpose(0, 1), ours)[0], layer.step(x[:, :3].transpose(0, 1), theirs)[0])
-    close_states(ours, theirs)
 
 
 def test_compile_fullgraph_under_a_default_device(device):
@@ -478,11 +297,6 @@ def test_refusals(call, error, message):
 
 def test_the_page_about_modules():
     """The code of docs/modules.md runs, and its assertions hold."""
-    torch.manual_seed(0)
-    blocks = (ROOT / "docs" / "modules.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 7
-    scope: dict[str, object] = {}
-    with torch.device("cpu"):
-        for block in blocks:
-            exec(compile(block.split("```")[0], "docs/modules.md", "exec"), scope)
-    assert f"# {scope['layer'].init_state(2)}" in blocks[1]
+    page = ROOT / "docs" / "modules.md"
+    scope = layers.run_page(page, 7)
+    assert f"# {scope['layer'].init_state(2)}" in page.read_text()

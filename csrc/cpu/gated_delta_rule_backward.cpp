@@ -5,11 +5,11 @@
 //   dQ = scale e^G (dO S0ᵀ) + M1 K
 //   dK = dR S0ᵀ + e^{G_C-G} (Vn dS1ᵀ) + M1ᵀ Q + N2 K + N2ᵀ K
 //   dβ_i = <dX_i, E_i> + Σ_j M2_ij (k_i·k_j)
-//   dG_i = <q_i, scale e^G (dO S0ᵀ)_i> + <k_i, (dR S0ᵀ)_i> - h_i + Σ_j (e_ij - e_ji),
-//     e_ij = M1_ij (q_i·k_j) + N2_ij (k_i·k_j),   h_i = <k_i, e^{G_C-G} (Vn dS1ᵀ)_i>;
-//     the last row adds Σ_i h_i + e^{G_C} <S0, dS1>;  dg is the reverse cumulative sum of dG in the chunk
-// dX = Tᵀ dVn needs no gradient of the inverse. The e_ij are summed from the products themselves: their row and column
-// sums cancel in dg, and would not if each came from another product of rounded operands.
+//   dg_t = Σ_{i≥t} read_i + Σ_{i<t} written_i + e^{G_C} <S0, dS1> + Σ_{j<t≤i} e_ij,
+//     read_i = <q_i, scale e^G (dO S0ᵀ)_i> + <k_i, (dR S0ᵀ)_i>,   written_i = <k_i, e^{G_C-G} (Vn dS1ᵀ)_i>,
+//     e_ij = M1_ij (q_i·k_j) + N2_ij (k_i·k_j)
+// dX = Tᵀ dVn needs no gradient of the inverse. dg_t sums the pairs that its gate lies between, and nothing else: as the
+// reverse cumulative sum of dG it would lose digits to terms that cancel.
 //
 // From the saved T and the states of every checkpoint_every-th chunk: per group of chunks, last group first, a forward
 // scan rebuilds S0, E and Vn of its chunks, then a reverse scan runs the lines above. Linear attention has no erase term:
@@ -361,7 +361,7 @@ class Backward {
     const int n = keys.padded, ld = s_.ld_value;
     const int64_t stride = rule_.value_heads, row = keys.first_token * stride + value_head(item, head);
     if (rule_.divides()) {
-      Acc *reciprocal = t.dgate, *along = t.row;
+      Acc *reciprocal = t.dg, *along = t.row;
       for (int i = 0; i < n; ++i)
         reciprocal[i] = i < keys.rows
                             ? reciprocal_or_zero(static_cast<const Acc*>(grads_.denominator)[row + i * stride])
@@ -407,9 +407,9 @@ class Backward {
       isa_.dot_rows(t.dbeta, reverse.grads, s_.ld_value, h.error, s_.ld_value, n, s_.value_dim);
       isa_.gemm(t.dxv, ld, grads, {t.key_value, ld}, n, n, s_.value_dim, 0, Part::lower_c);
       isa_.chunk_scores_backward(t.m1, t.n2, ld, t.da, t.dxv, r.keys.qk, r.keys.kk, reverse.decay, h.gates.beta,
-                                 Acc(rule_.scale), t.dgate, t.dbeta, n);
+                                 Acc(rule_.scale), t.row, t.dg, t.dbeta, n);
     } else {
-      isa_.causal_scores_backward(t.m1, ld, t.da, r.keys.qk, reverse.decay, Acc(rule_.scale), t.dgate, n);
+      isa_.causal_scores_backward(t.m1, ld, t.da, r.keys.qk, reverse.decay, Acc(rule_.scale), t.row, t.dg, n);
     }
 
     through_state(r, h, reverse, grads, t);
@@ -418,7 +418,7 @@ class Backward {
     store_gate_gradients(item, head, r.keys, t);
   }
 
-  // dR S0ᵀ and scale e^G (dO S0ᵀ), with their part of dG.
+  // dR S0ᵀ and scale e^G (dO S0ᵀ), with their part of dg.
   void through_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const ReverseHead<E>& reverse, Left<E> grads,
                      BackwardTemporaries<E>& t) const {
     const int n = r.keys.padded, ld = s_.ld_key, first = r.keys.first_reader(s_), readers = 2 * n - first;
@@ -428,11 +428,14 @@ class Backward {
     isa_.add_rows(t.dkq + at, ld, reverse.row_factor + first, t.inter, ld, readers, s_.key_dim);
     std::fill(t.row, t.row + first, Acc(0));
     isa_.dot_rows(t.row + first, r.keys.kq + at, ld, t.inter, ld, readers, s_.key_dim);
-    for (int i = 0; i < n; ++i)
-      t.dgate[i] += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
+    double read = 0;
+    for (int i = n - 1; i >= 0; --i) {
+      read += reverse.row_factor[i] * t.row[i] + reverse.row_factor[n + i] * t.row[n + i];
+      t.dg[i] += static_cast<Acc>(read);
+    }
   }
 
-  // e^{G_C-G} (Vn dS1ᵀ), h and e^{G_C} <S0, dS1>.
+  // e^{G_C-G} (Vn dS1ᵀ), with its part of dg, and e^{G_C} <S0, dS1>.
   void through_next_state(const RebuiltChunk<E>& r, const RebuiltHead<E>& h, const Acc* dstate,
                           BackwardTemporaries<E>& t) const {
     const int n = r.keys.padded, ld = s_.ld_key;
@@ -440,15 +443,15 @@ class Backward {
     const Left<E> fresh = as_left(isa_, t.chunk_value, h.fresh, s_.ld_value, n, s_.value_dim);
     isa_.gemm(t.inter, ld, fresh, {t.key_value, ld}, n, s_.key_dim, s_.value_dim, 0, Part::full);
     isa_.add_rows(t.dkq, ld, h.gates.to_end, t.inter, ld, n, s_.key_dim);
-    isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, n, s_.key_dim);
-    double last = 0, overlap = 0;  // every dg of the chunk holds their sum, where most of it cancels
-    for (int i = 0; i < n; ++i) {
-      t.dgate[i] -= h.gates.to_end[i] * t.row[i];
-      last += h.gates.to_end[i] * t.row[i];
-    }
     isa_.dot_rows(t.row, h.state, s_.ld_value, dstate, s_.ld_value, s_.key_dim, s_.value_dim);
+    double overlap = 0;
     for (int i = 0; i < s_.key_dim; ++i) overlap += t.row[i];
-    t.dgate[n - 1] += static_cast<Acc>(last + h.gates.whole * overlap);
+    isa_.dot_rows(t.row, r.keys.kq, ld, t.inter, ld, n, s_.key_dim);
+    double before = h.gates.whole * overlap;
+    for (int i = 0; i < n; ++i) {
+      t.dg[i] += static_cast<Acc>(before);
+      before += h.gates.to_end[i] * t.row[i];
+    }
   }
 
   // dQ += M1 K, dK += M1ᵀ Q + N2 K + N2ᵀ K.
@@ -470,11 +473,7 @@ class Backward {
     const int64_t at = keys.first_token * rule_.value_heads + value_head(item, head);
     if (grads_.dg) {
       Acc* dg = static_cast<Acc*>(grads_.dg) + at;
-      double sum = 0;
-      for (int i = keys.padded - 1; i >= 0; --i) {
-        sum += t.dgate[i];
-        if (i < keys.rows) dg[i * rule_.value_heads] = static_cast<Acc>(sum);
-      }
+      for (int i = 0; i < keys.rows; ++i) dg[i * rule_.value_heads] = t.dg[i];
     }
     if (grads_.dbeta) {
       isa_.store_rows(offset(grads_.dbeta, rule_.beta_element, at), rule_.beta_element, rule_.value_heads, t.dbeta, 1,

@@ -63,7 +63,7 @@ struct BackwardTemporaries {
   E *chunk_chunk, *chunk_chunk_too;                          // operands [C, C]
   Acc *values, *inter, *dkq;                                 // [C, V], [2 C, K] twice
   Acc *da, *dxv, *m1, *n2;                                   // [C, C]
-  Acc *row, *dgate, *dbeta;                                  // [2 C], [C], [C]; row also [K]
+  Acc *row, *dg, *dbeta;                                     // [2 C], [C], [C]; row also [K]
 
   BackwardTemporaries(Arena& arena, const BlockSizes& s) {
     const int64_t wide = std::max(s.ld_key, s.ld_value), tall = std::max(std::max(s.key_dim, s.value_dim), s.chunk);
@@ -79,7 +79,7 @@ struct BackwardTemporaries {
     for (Acc** block : {&da, &m1}) *block = arena.take<Acc>(int64_t{s.chunk} * s.ld_chunk);
     for (Acc** block : {&dxv, &n2}) *block = arena.take<Acc>(s.if_erasing(int64_t{s.chunk} * s.ld_chunk));
     row = arena.take<Acc>(std::max(2 * s.chunk, s.key_dim));
-    dgate = arena.take<Acc>(s.chunk);
+    dg = arena.take<Acc>(s.chunk);
     dbeta = arena.take<Acc>(s.chunk);
   }
 };

@@ -42,7 +42,7 @@ class Limits:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     available: Callable[[str], str | None]
-    dims: tuple[int, int] = (16, 256)
+    dims: tuple[int, int] | None = (16, 256)  # least and largest head dim; None: any
     features: frozenset[str] = frozenset()
     fix: str = field(default="", compare=False)
 
@@ -89,10 +89,10 @@ def why_not(op: str, backend: str, request: Request, *, explicit: bool = False) 
         reasons.append(f"tensors are on {request.device}, supported: {', '.join(limits.devices)}{hint}")
     if request.dtype not in limits.dtypes and not (interpreted and request.dtype == torch.float64):
         reasons.append(f"dtype is {_text([request.dtype])}, supported: {_text(limits.dtypes)}")
-    low, high = limits.dims
-    for name, size in request.dims:
-        if not low <= size <= high:
-            reasons.append(f"{name} is {size}, supported: {low}..{high}")
+    if limits.dims is not None:
+        low, high = limits.dims
+        outside = (f"{name} is {size}" for name, size in request.dims if not low <= size <= high)
+        reasons += [f"{text}, supported: {low}..{high}" for text in outside]
     for feature in sorted(request.features - limits.features):
         reasons.append(f"{feature} is not supported, supported: {', '.join(sorted(limits.features)) or 'none'}")
     missing = limits.available(request.device)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": ("memattn.info", "what runs on this machine, and for everything else the reason why not"),
+    "features": ("memattn.feature_table", "the table op × backend × feature, as Markdown"),
     "demo": ("memattn.demo", "train a small model on real text, read a million bytes with it, and generate"),
 }
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: memattn COMMAND [options]      memattn COMMAND --help for its options\n")
-        print("\n".join(f"  {command:6}{text}" for command, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {command:10}{text}" for command, (_, text) in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
         print(f"memattn: unknown command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from memattn.reference import gated_delta_rule, linear_attention
+from memattn.reference import gated_delta_rule, linear_attention, sequences
 from support import relations
 
+_DECAY = "decay = between.masked_fill(~causal, -torch.inf).exp()"
 BUGS = {
     "tail gate and beta filled with ones": ("(F.pad(x, (0, 0, 0, pad))", "(F.pad(x, (0, 0, 0, pad), value=1.0)"),
     "tail gate and beta filled with −1": ("F.pad(x, (0, 0, 0, pad))", "F.pad(x, (0, 0, 0, pad), value=-1.0)"),
@@ -17,12 +18,12 @@ BUGS = {
     "initial state ignored": ("state = _initial(q, v, initial_state, cu_seqlens)", "state = 0 * _initial(q, v, initial_state, cu_seqlens)"),
     "final state never written": ("return o, state", "return o, state_in"),
     "state of the first sequence for all": ("state = _initial(q, v, initial_state, cu_seqlens)", "state = _initial(q, v, initial_state, cu_seqlens)[:1].expand(max(len(cu_seqlens) - 1, 1) if cu_seqlens is not None else q.shape[0], -1, -1, -1)"),
-    "exp before mask": (".masked_fill(~causal, -torch.inf).exp()", ".exp() * causal"),
-    "exp(G)·exp(−G) factorised": ("(total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()", "(total.exp()[..., :, None] * (-total).exp()[..., None, :]) * causal"),
+    "exp before mask": (_DECAY, "G = g.cumsum(-1); decay = (G[..., :, None] - G[..., None, :]).exp() * causal"),
+    "exp(G)·exp(−G) factorised": (_DECAY, "G = g.cumsum(-1); decay = (G.exp()[..., :, None] * (-G).exp()[..., None, :]) * causal"),
     "state rounded to bfloat16 per chunk": ("+ dot((to_end", "+ 0.0; state = state.bfloat16().to(state.dtype) + dot((to_end"),
-    "gate overwritten": ("total = g.cumsum(-1)", "total = g.cumsum(-1); gate_in.mul_(0.5) if gate_in is not None and not gate_in.requires_grad else None"),
+    "gate overwritten": ("= chunk_decays(g)", "= chunk_decays(g); gate_in.mul_(0.5) if gate_in is not None and not gate_in.requires_grad else None"),
     "contiguity assumed": ("dtype = q.dtype", "dtype = q.dtype; k = k if k.is_contiguous() else k.as_strided(k.shape, k.contiguous().stride())"),
-    "chunk state leaves out its decay": ("state = last[:, :, c, :, None].exp() * state", "state = state"),
+    "chunk state leaves out its decay": ("state = across[:, :, c] * state", "state = state"),
     "beta left out of the error": ("error = beta[:, :, c, :, None] *", "error ="),
     "scale ignored": ("_prepare(q, k, v, g, beta, scale, qk_l2norm)", "_prepare(q, k, v, g, beta, None, qk_l2norm)"),
     "heads tiled instead of grouped": ("_prepare(q, k, v, g, beta, scale, qk_l2norm)", "_tiled(_prepare, q, k, v, g, beta, scale, qk_l2norm)"),
@@ -68,7 +69,7 @@ def planted_linear(bug: str) -> Callable:
 
 
 def _chunked_with(reference, bug: str, old: str, new: str) -> Callable:
-    source = inspect.getsource(reference.chunked)
+    source = inspect.getsource(sequences.chunk_decays) + inspect.getsource(reference.chunked)
     source = source.replace("dtype = q.dtype", "gate_in = g; dtype = q.dtype", 1)
     source = source.replace("length, pad =", "state_in = state; length, pad =", 1)
     namespace = {**vars(reference), "_tiled": _tiled}

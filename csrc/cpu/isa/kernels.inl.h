@@ -1,6 +1,6 @@
 // Every primitive, written once over a vector type V and a product type D. Included inside the anonymous namespace and
 // the target region of each table's file, after that file has included <cmath>, <cstdint> and <cstring>; it includes
-// nothing but its own other parts (steps, softmax), and calls no function template of std: the linker could pick a copy
+// nothing but its own other parts (steps, softmax, decode), and calls no function template of std: the linker could pick a copy
 // compiled for AVX for everyone.
 //
 // V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab,
@@ -391,16 +391,24 @@ static void chunk_scores(ScalarOf<V>* lower, ScalarOf<V>* attention, int ld, con
   }
 }
 
+// Adds a block of row i, at column j, to the sum of the rows below it; returns of that sum what lies left of i.
+template <class V>
+static auto add_below(ScalarOf<V>* below, int i, int j, decltype(V::zero()) e) {
+  const auto sum = V::add(V::load(below + j), e);
+  V::store(below + j, sum);
+  return V::first(sum, i - j);
+}
+
 template <class V>
 static void chunk_scores_backward(ScalarOf<V>* m1, ScalarOf<V>* n2, int ld, const ScalarOf<V>* da,
                                   const ScalarOf<V>* dxv, const ScalarOf<V>* qk, const ScalarOf<V>* kk,
                                   const ScalarOf<V>* decay, const ScalarOf<V>* beta, ScalarOf<V> scale,
-                                  ScalarOf<V>* dgate, ScalarOf<V>* dbeta, int n) {
+                                  ScalarOf<V>* below, ScalarOf<V>* dg, ScalarOf<V>* dbeta, int n) {
   const auto wide_scale = V::broadcast(scale);
-  for (int i = 0; i < n; ++i) dgate[i] = 0;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) below[i] = 0;
+  for (int i = n - 1; i >= 0; --i) {
     const auto beta_i = V::broadcast(beta[i]);
-    auto row_sum = V::zero(), beta_sum = V::zero();
+    auto left = V::zero(), beta_sum = V::zero();
     for (int j = 0; j < n; j += V::lanes) {
       const int64_t at = int64_t{i} * ld + j;
       if (j > i) {
@@ -415,12 +423,11 @@ static void chunk_scores_backward(ScalarOf<V>* m1, ScalarOf<V>* n2, int ld, cons
       const auto n2_ij = V::mul(beta_i, m2_ij);
       const auto e = V::fma(m1_ij, qk_ij, V::mul(n2_ij, kk_ij));
       beta_sum = V::fma(m2_ij, kk_ij, beta_sum);
-      row_sum = V::add(row_sum, e);
-      V::store(dgate + j, V::sub(V::load(dgate + j), e));
+      left = V::add(left, add_below<V>(below, i, j, e));
       V::store(m1 + at, m1_ij);
       V::store(n2 + at, n2_ij);
     }
-    dgate[i] += V::sum(row_sum);
+    dg[i] = V::sum(left);
     dbeta[i] += V::sum(beta_sum);
   }
 }
@@ -441,11 +448,12 @@ static void causal_scores(ScalarOf<V>* attention, int ld, const ScalarOf<V>* qk,
 
 template <class V>
 static void causal_scores_backward(ScalarOf<V>* m1, int ld, const ScalarOf<V>* da, const ScalarOf<V>* qk,
-                                   const ScalarOf<V>* decay, ScalarOf<V> scale, ScalarOf<V>* dgate, int n) {
+                                   const ScalarOf<V>* decay, ScalarOf<V> scale, ScalarOf<V>* below, ScalarOf<V>* dg,
+                                   int n) {
   const auto wide_scale = V::broadcast(scale);
-  for (int i = 0; i < n; ++i) dgate[i] = 0;
-  for (int i = 0; i < n; ++i) {
-    auto row_sum = V::zero();
+  for (int i = 0; i < n; ++i) below[i] = 0;
+  for (int i = n - 1; i >= 0; --i) {
+    auto left = V::zero();
     for (int j = 0; j < n; j += V::lanes) {
       const int64_t at = int64_t{i} * ld + j;
       if (j > i) {
@@ -454,11 +462,10 @@ static void causal_scores_backward(ScalarOf<V>* m1, int ld, const ScalarOf<V>* d
       }
       const auto m1_ij = V::first(V::mul(V::mul(wide_scale, V::load(da + at)), V::load(decay + at)), i + 1 - j);
       const auto e = V::mul(m1_ij, V::first(V::load(qk + at), i + 1 - j));
-      row_sum = V::add(row_sum, e);
-      V::store(dgate + j, V::sub(V::load(dgate + j), e));
+      left = V::add(left, add_below<V>(below, i, j, e));
       V::store(m1 + at, m1_ij);
     }
-    dgate[i] += V::sum(row_sum);
+    dg[i] = V::sum(left);
   }
 }
 
@@ -488,6 +495,7 @@ static void unit_lower_inverse(ScalarOf<V>* inverse, int ldi, const ScalarOf<V>*
 }
 
 #include "steps.inl.h"
+#include "decode.inl.h"
 
 // --- the table ---
 
@@ -526,5 +534,7 @@ static constexpr Primitives<typename D::E> make_table(const char* isa) {
   table.unit_lower_inverse = unit_lower_inverse<V, ROWS, PANEL>;
   table.step_columns = step_columns<V, STEP>;
   table.write_columns = write_columns<V, STEP>;
+  table.score_keys = score_keys<V>;
+  table.weigh_values = weigh_values<V>;
   return table;
 }

@@ -123,13 +123,13 @@ struct Primitives {
   void (*chunk_scores)(Acc* lower, Acc* attention, int ld, const Acc* kk, const Acc* qk, const Acc* decay,
                        const Acc* beta, Acc scale, int n);
   // Given dA = dO Vnᵀ and dxv = dX Vnᵀ: m1 = scale dA decay (j <= i), m2 = -dxv decay (j < i), n2 = beta_i m2 and
-  // with e = m1 qk + n2 kk: dgate_i = sum_j e_ij - sum_j e_ji, dbeta_i += sum_j m2_ij kk_ij.
+  // with e = m1 qk + n2 kk: dg_t = sum of e_ij over j < t <= i, dbeta_i += sum_j m2_ij kk_ij. below [n] is scratch.
   void (*chunk_scores_backward)(Acc* m1, Acc* n2, int ld, const Acc* da, const Acc* dxv, const Acc* qk, const Acc* kk,
-                                const Acc* decay, const Acc* beta, Acc scale, Acc* dgate, Acc* dbeta, int n);
-  // The two of a rule that erases nothing: attention, and m1 with dgate, alone.
+                                const Acc* decay, const Acc* beta, Acc scale, Acc* below, Acc* dg, Acc* dbeta, int n);
+  // The two of a rule that erases nothing: attention, and m1 with dg, alone.
   void (*causal_scores)(Acc* attention, int ld, const Acc* qk, const Acc* decay, Acc scale, int n);
-  void (*causal_scores_backward)(Acc* m1, int ld, const Acc* da, const Acc* qk, const Acc* decay, Acc scale, Acc* dgate,
-                                 int n);
+  void (*causal_scores_backward)(Acc* m1, int ld, const Acc* da, const Acc* qk, const Acc* decay, Acc scale, Acc* below,
+                                 Acc* dg, int n);
   // inverse = (I + lower)^-1 for a strictly lower triangular matrix.
   void (*unit_lower_inverse)(Acc* inverse, int ldi, const Acc* lower, int ldl, int n);
 
@@ -140,6 +140,13 @@ struct Primitives {
   // The same where nothing is erased: S = decay S + k vᵀ;  o = qᵀ S.
   void (*write_columns)(Acc* state, int64_t ld, const Acc* k, const Acc* q, const Acc* v, Acc decay, Acc* o, int k_dim,
                         int cols);
+
+  // Few query rows against rows of a cache as they are stored, [count, heads, dim] with `stride` between rows, each
+  // read once. Query row h * queries + m belongs to head h. s [heads * queries, count] = q kᵀ;  o += p v.
+  void (*score_keys)(Acc* s, int lds, const Acc* q, int ldq, const void* keys, Element type, int64_t stride, int count,
+                     int heads, int queries, int dim);
+  void (*weigh_values)(Acc* o, int ldo, const Acc* p, int ldp, const void* values, Element type, int64_t stride,
+                       int count, int heads, int queries, int dim);
 };
 
 // A table has a null `isa` where the compiler could not build it.

@@ -1,15 +1,20 @@
 """The ops: one file each, with equation, shapes, errors and source in its docstring."""
 
 from memattn.ops.attention import AttentionOutput, attention
+from memattn.ops.attention_decode import attention_decode
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
+from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.slot_gate import slot_gate
+from memattn.ops.slot_write import slot_write
 
 __all__ = [
     "AttentionOutput",
     "attention",
+    "attention_decode",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",
@@ -19,5 +24,8 @@ __all__ = [
     "gated_scan_step",
     "linear_attention",
     "linear_attention_step",
+    "memory_recall",
     "merge_states",
+    "slot_gate",
+    "slot_write",
 ]

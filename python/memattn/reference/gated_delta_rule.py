@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memattn.reference.sequences import accumulate_dtype, on_pool_rows, per_sequence
+from memattn.reference.sequences import accumulate_dtype, chunk_decays, on_pool_rows, per_sequence
 
 L2NORM_EPS = 1e-6
 
@@ -99,21 +99,17 @@ def chunked(
 
         q, k, v = (split(F.pad(x, (0, 0, 0, 0, 0, pad))) for x in (q, k, v))
         g, beta = (split(F.pad(x, (0, 0, 0, pad))) for x in (g, beta))
-        total = g.cumsum(-1)  # G, within the chunk
+        decay, from_start, to_end, across = chunk_decays(g)
         eye = torch.eye(chunk_size, dtype=g.dtype, device=g.device)
-        causal = torch.ones_like(eye, dtype=torch.bool).tril()
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
         lower = (beta[..., None] * dot(k, k.mT) * decay).tril(-1)
         solve = torch.linalg.solve_triangular(eye + lower, eye.expand_as(lower), upper=False, unitriangular=True)
         attention = dot(q, k.mT) * decay
-        last = total[..., -1:]
-        to_end, from_start = (last - total).exp()[..., None], total.exp()[..., None]
         outputs = []
         for c in range(q.shape[2]):
             error = beta[:, :, c, :, None] * (v[:, :, c] - from_start[:, :, c] * dot(k[:, :, c], state))
             value = dot(solve[:, :, c], error)
             outputs.append(from_start[:, :, c] * dot(q[:, :, c], state) + dot(attention[:, :, c], value))
-            state = last[:, :, c, :, None].exp() * state + dot((to_end[:, :, c] * k[:, :, c]).mT, value)
+            state = across[:, :, c] * state + dot((to_end[:, :, c] * k[:, :, c]).mT, value)
         o = torch.cat(outputs, 2)[:, :, :length].transpose(1, 2) if outputs else v.flatten(2, 3).transpose(1, 2)
         return o, state
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memattn.reference.sequences import accumulate_dtype, on_pool_rows, per_sequence
+from memattn.reference.sequences import accumulate_dtype, chunk_decays, on_pool_rows, per_sequence
 
 
 def _prepare(q, k, v, g, scale, normaliser):
@@ -101,16 +101,12 @@ def chunked(
             return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], chunks, chunk_size, *x.shape[3:])
 
         q, k, v = (split(F.pad(x, (0, 0, 0, 0, 0, pad))) for x in (q, k, v))
-        total = split(F.pad(g, (0, 0, 0, pad))).cumsum(-1)  # G, within the chunk
-        causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=g.device).tril()
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-        last = total[..., -1:]
-        to_end, from_start = (last - total).exp()[..., None], total.exp()[..., None]
+        decay, from_start, to_end, across = chunk_decays(split(F.pad(g, (0, 0, 0, pad))))
         within, written = dot(dot(q, k.mT) * decay, v), dot(k.mT, to_end * v)
         outputs = []
         for c in range(chunks):
             outputs.append(from_start[:, :, c] * dot(q[:, :, c], state) + within[:, :, c])
-            state = last[:, :, c, :, None].exp() * state + written[:, :, c]
+            state = across[:, :, c] * state + written[:, :, c]
         o = torch.cat(outputs, 2)[:, :, :length].transpose(1, 2) if outputs else v.flatten(2, 3).transpose(1, 2)
         return o, state
 

@@ -1,8 +1,9 @@
-"""What the references of the memory ops share: their dtype, and how packed sequences run one by one."""
+"""What the references of the memory ops share: dtype, packed sequences one by one, decays inside a chunk."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,3 +31,18 @@ def on_pool_rows(run, state, state_indices, batch):
     if bool(live.any()):
         state[rows[live]] = after[live]
     return torch.where(live[:, None, None, None], o, torch.zeros_like(o))
+
+
+def chunk_decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decays inside chunks of C tokens with log gates g [..., C]; G is their cumulative sum.
+
+    Returns e^{G_i − G_j} [..., C, C] for j ≤ i and 0 elsewhere; e^{G_i} and e^{G_C − G_i} [..., C, 1]; e^{G_C}
+    [..., 1, 1]. Each exponent is a sum of the gates between, not a difference of two long sums: under strong decay that
+    would lose the digits of the few pairs that are not forgotten.
+    """
+    chunk_size = g.shape[-1]
+    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=g.device).tril()
+    between = g[..., :, None].expand(*g.shape, chunk_size).masked_fill(~causal.tril(-1), 0.0).cumsum(-2)
+    decay = between.masked_fill(~causal, -torch.inf).exp()
+    from_start = g.cumsum(-1).exp()[..., None]
+    return decay, from_start, decay[..., -1, :, None], from_start[..., -1:, :]
