@@ -115,16 +115,19 @@ def _step_fake(q, k, v, g, state, state_indices, scale, normaliser, divide):
 
 define_differentiable(f"{OP}_cpu", FAMILY)
 define(f"{STEP}_cpu", STEP_SCHEMA, _step_fake)
+define(f"{STEP}_cuda", STEP_SCHEMA, _step_fake)
 
 _TRAINING = frozenset({"backward", "packed"})
 _ANYWHERE = ("cpu", "cuda", "mps", "xpu")
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_TRAINING))
 backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_TRAINING))
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(STEP, "cuda", Limits(("cuda",), _16_32, backends.needs_native("_C_cuda")))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(STEP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always))
 
 _PASSED = check.Passed()
-_FORWARD, _STEP = resolve(f"{OP}_cpu"), resolve(f"{STEP}_cpu")
+_FORWARD, _STEPS = resolve(f"{OP}_cpu"), {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------
@@ -290,5 +293,5 @@ def linear_attention_step(
             return _plain(rows, q.dtype, normalize, return_unnormalized)
     g = None if g is None else g.expand(v.shape[:3])
     indices = None if state_indices is None else state_indices.contiguous()
-    o, denominator = _STEP(*check.contiguous(q, k, v, g), state, indices, scale, normaliser, normalize)
+    o, denominator = _STEPS[name](*check.contiguous(q, k, v, g), state, indices, scale, normaliser, normalize)
     return Unnormalised(o, denominator) if return_unnormalized else o
