@@ -54,8 +54,43 @@ def _linear(normalize: bool) -> Callable[..., Inputs]:
     return inputs
 
 
-STEPS = {
-    "linear attention step": Call(ops.linear_attention_step, _linear(False), ("g", "state")),
-    "linear attention step, normalised": Call(ops.linear_attention_step, _linear(True), ("g", "state")),
+def _scan(length: int, chunk_size: int | None) -> Callable[..., Inputs]:
+    def inputs(draw: Callable[..., Tensor], size: int) -> Inputs:
+        batch, dim = size, 40 if size == 1 else 1024
+        g = -draw(batch, length, dim).abs()
+        return {"g": g, "x": draw(batch, length, dim), "x2": draw(batch, length, dim // 4), "state": draw(batch, dim),
+                "chunk_size": chunk_size, "emit": "both" if chunk_size else "all"}  # fmt: skip
+
+    return inputs
+
+
+def scan(g: Tensor, x: Tensor, x2: Tensor, state: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    """The scan of two payloads, all results in a row."""
+    results = ops.gated_scan(g, (x, x2), initial_state=(state, state), output_final_state=True, **settings)
+    return tuple(x for kind in results if kind is not None for x in kind)
+
+
+def scan_backward(**given: Any) -> tuple[Tensor, ...]:
+    """Gradients of `scan` under its own results."""
+    leaves = {n: x.detach().requires_grad_() for n, x in given.items() if isinstance(x, Tensor)}
+    with torch.enable_grad():
+        results = scan(**{**given, **leaves})
+        return torch.autograd.grad(results, list(leaves.values()), [x.detach() for x in results])
+
+
+def _scan_step(draw: Callable[..., Tensor], size: int) -> Inputs:
+    batch, dim = 2 * size, 24 if size == 1 else 2048
+    return {"g": -draw(batch, 2, dim).abs(), "xs": draw(batch, 2, dim), "state": draw(batch, dim)}
+
+
+_WIDE = ("g", "state")
+_SCANS = {"in chunks": (70, 16), "in chains": (300, None), "in chains of chunks": (300, 140)}
+CAPTURED = {
+    "linear attention step": Call(ops.linear_attention_step, _linear(False), _WIDE),
+    "linear attention step, normalised": Call(ops.linear_attention_step, _linear(True), _WIDE),
+    "scan step": Call(ops.gated_scan_step, _scan_step, _WIDE),
+    **{f"scan {words}": Call(scan, _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()},
 }
-CALLS = STEPS
+CALLS = CAPTURED | {
+    f"scan backward {words}": Call(scan_backward, _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()
+}

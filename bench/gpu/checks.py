@@ -24,7 +24,7 @@ from support.cases import BASE, Case
 from support.compare import CEILING, assert_close_to_truth, evaluate, to_float64
 from torch import Tensor
 
-from bench.gpu.calls import CALLS
+from bench.gpu.calls import CALLS, CAPTURED
 from bench.gpu.recorder import record
 from memattn import _native, backends, ops
 from memattn.reference import gated_delta_rule as reference
@@ -196,7 +196,7 @@ def graph(device: str) -> Report:
         return {"x": x.bfloat16(), "weight": weight, "bias": None, "state": state, "activation": "silu"}
 
     yield "convolution step", replayed(ops.causal_conv1d_step, conv_inputs(0), conv_inputs(1))
-    for words, call in CALLS.items():
+    for words, call in CAPTURED.items():
         drawn = (call.make(torch.bfloat16, device, seed, size=4) for seed in (0, 1))
         yield words, replayed(call.op, *drawn)
 

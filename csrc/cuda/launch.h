@@ -12,6 +12,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>

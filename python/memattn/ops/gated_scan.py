@@ -112,20 +112,25 @@ define_differentiable(f"{OP}_cpu", FAMILY)
 define_differentiable(f"{OP}_triton", FAMILY)
 implement(f"{OP}_triton", _triton_forward)
 implement(f"{OP}_triton_backward", _triton_backward)
-define(f"{STEP}_cpu", STEP_SCHEMA, lambda g, x, *rest: x.new_empty(g.shape))
+define_differentiable(f"{OP}_cuda", FAMILY)
+for _name in ("cpu", "cuda"):
+    define(f"{STEP}_{_name}", STEP_SCHEMA, lambda g, x, *rest: x.new_empty(g.shape))
 
 _TRAINING = frozenset({"backward", "packed"})
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+_CUDA = backends.needs_native("_C_cuda")
+backends.register(OP, "cuda", Limits(("cuda",), _16_32, _CUDA, None, _TRAINING))
 backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, None, _TRAINING))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), None, _TRAINING))
 backends.register(OP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, None, _TRAINING))
+backends.register(STEP, "cuda", Limits(("cuda",), _16_32, _CUDA, None))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), None))
 backends.register(STEP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, None))
 
 _PASSED = check.Passed()
-_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
-_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu",)}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "cuda", "triton")}
+_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 // What the launchers ask of torch's CUDA library. Their tensors are on the CPU here, and so is their registration.
 #define aoti_torch_get_current_cuda_stream(index, stream) (static_cast<void>(*(stream) = nullptr), 0)
