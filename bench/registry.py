@@ -21,7 +21,15 @@ MODES = ("fwd", "fwdbwd", "step")
 # call: so small that the time is what a call costs; on a GPU the host's time.
 GROUPS = ("training", "long", "decode", "decode-cached", "call")
 CACHED_GROUPS = ("decode-cached", "call")
-OPS = ("gated_delta_rule", "linear_attention", "causal_conv1d", "gated_scan", "attention")
+OPS = (
+    "gated_delta_rule",
+    "linear_attention",
+    "causal_conv1d",
+    "gated_scan",
+    "attention",
+    "slot_write",
+    "memory_recall",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Inputs = dict[str, Any]

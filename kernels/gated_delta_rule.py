@@ -1,4 +1,4 @@
-"""Gated delta rule, Triton forward.
+"""Gated delta rule, Triton forward. Linear attention is the same engine without the erase term: linear_attention.py.
 
 Recurrence, per value head (S is K×V, all vectors are rows):
     S_t = e^{g_t} S_{t−1} + β_t k_tᵀ (v_t − k_t e^{g_t} S_{t−1})            o_t = scale · q_t S_t
@@ -9,6 +9,11 @@ Chunk form, C rows at a time, S0 the state before them, G the inclusive cumulati
     O = e^G Q S0 + tril((q_i·k_j) e^{G_i−G_j}) Vn                            (times scale)
     S1 = e^{G_C} S0 + Kᵀ (e^{G_C−G} Vn)
 
+Without the erase term (ERASES = False) T = I, Vn = V and W = 0: prepare makes G alone, scan reads V where it stores.
+With a normaliser (WEIGHS) a column of ones stands after V. Its part of the state is z [K], of O the denominator d:
+    z1 = e^{G_C} z0 + Σ_i e^{G_C−G_i} k_i        d_i = e^{G_i} q_i·z0 + Σ_j tril((q_i·k_j) e^{G_i−G_j})  (times scale)
+The state has V+1 columns then; inside, h keeps V and z of every chunk lies beside it.
+
 Kernels:
     l2norm    rows of q or k divided by sqrt(Σx² + 1e-6), stored in the input dtype, and what they were multiplied by
     prepare   per chunk and value head: G, T, U, W. The only stage that knows the kind of gate; the backward runs it
@@ -18,7 +23,8 @@ Kernels:
     output    per chunk, value head and block of value columns: O
 
 Symbols and shapes: q, k [B,T,H,K]; v, u, vn, o [B,T,HV,V]; w [B,T,HV,K]; g, beta, total (= G) [B,T,HV];
-    solve (= T) [slots,HV,C,C]; h (= S0 of every chunk) [slots,HV,K,V]; states (= S0 of every `every`-th chunk).
+    solve (= T) [slots,HV,C,C]; h (= S0 of every chunk) [slots,HV,K,V]; states (= S0 of every `every`-th chunk);
+    hz (= z0 of every chunk) [slots,HV,K]; weight (= d) [B,T,HV].
     Slot of chunk c of sequence n: n·⌈T/C⌉ + c, packed cu_seqlens[n]//C + n + c; the grid covers the bound T//C + N, so
     nothing is read back from the device.
 
@@ -31,6 +37,7 @@ Numerics: sums, gates, T and the running state are float32 (float64 for float64 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import triton
@@ -115,7 +122,7 @@ def prepare_kernel(
     q, k, v, g, beta, do, cu_seqlens, solve, total, u, w, dvn, scale,
     N, T, H, HV, packed, has_g, has_beta, save, solved,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, ERASES: tl.constexpr,
 ):  # fmt: skip
     """G, U, W. Forward: solves for T, stores it if `save`. Backward (solved): takes T as it is, and adds dvn = AᵀdO."""
     program = tl.program_id(0).to(tl.int64)
@@ -130,36 +137,44 @@ def prepare_kernel(
 
     total_here = tl.cumsum(load_column(g + row_v, i, i < rows * has_g, HV, ACC), 0)
     tl.store(total + row_v + i * HV, total_here, mask=live)
-    strength = load_factor(beta + row_v, i, rows, HV, has_beta, ACC)
-    if solved == 0:
-        below = (i[:, None] > i[None, :]) & live[:, None]
-        L = pair_products(keys, keys, i, live, stride_k, K, C, BLOCK_K, ACC, PRECISION) * strength[:, None]
-        X = unit_lower_inverse(L * pair_decay(total_here[:, None], total_here[None, :], below), C)
-        store_tile(chunk_solve, X, i, i < C * save, C, 0, C, C)
-    else:
-        X = load_tile(chunk_solve, i, i < C, C, 0, C, C)
+    if solved != 0:
         # Transposed from the start, row j and column i: a transposed product result is no safe operand, see backward.
         after = (i[None, :] >= i[:, None]) & live[None, :]
         A = pair_products(keys, q + row_k, i, live, stride_k, K, C, BLOCK_K, ACC, PRECISION)
         A *= tl.full((), scale, ACC) * pair_decay(total_here[None, :], total_here[:, None], after)
         store_product(dvn + row_v * V, A, do + row_v * V, i, live, stride_v, stride_v, V, BLOCK_V, C, ACC, PRECISION)
+    if ERASES:
+        strength = load_factor(beta + row_v, i, rows, HV, has_beta, ACC)
+        if solved == 0:
+            below = (i[:, None] > i[None, :]) & live[:, None]
+            L = pair_products(keys, keys, i, live, stride_k, K, C, BLOCK_K, ACC, PRECISION) * strength[:, None]
+            X = unit_lower_inverse(L * pair_decay(total_here[:, None], total_here[None, :], below), C)
+            store_tile(chunk_solve, X, i, i < C * save, C, 0, C, C)
+        else:
+            X = load_tile(chunk_solve, i, i < C, C, 0, C, C)
+        X *= strength[None, :]
+        store_product(u + row_v * V, X, v + row_v * V, i, live, stride_v, stride_v, V, BLOCK_V, C, ACC, PRECISION)
+        X *= tl.exp(total_here)[None, :]
+        store_product(w + row_v * K, X, keys, i, live, HV * K, stride_k, K, BLOCK_K, C, ACC, PRECISION)
 
-    X *= strength[None, :]
-    store_product(u + row_v * V, X, v + row_v * V, i, live, stride_v, stride_v, V, BLOCK_V, C, ACC, PRECISION)
-    X *= tl.exp(total_here)[None, :]
-    store_product(w + row_v * K, X, keys, i, live, HV * K, stride_k, K, BLOCK_K, C, ACC, PRECISION)
+
+@triton.jit
+def state_place(head, d, x, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of rows d and columns x in the state [HV, K, COLUMNS] of one sequence."""
+    return (head * K + d[:, None]) * COLUMNS + x[None, :]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
-    k, u, w, total, start, cu_seqlens, vn, h, states, final_state,
+    k, u, w, total, start, cu_seqlens, vn, h, hz, states, final_state,
     N, T, H, HV, group, every, packed, has_start, save, final,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, ERASES: tl.constexpr, WEIGHS: tl.constexpr,
 ):  # fmt: skip
     """Chunks part·group … part·group + group − 1 of one sequence, from the state `start` [parts of all, HV, K, V].
 
     Forward: one part per sequence, starting from initial_state. Backward: one part per saved state. vn may be u.
+    States have V + WEIGHS columns; z is carried by every block of value columns and stored by the first.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -173,36 +188,61 @@ def scan_kernel(
 
     i, d, x = tl.arange(0, C), tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
     inside = (d < K)[:, None] & (x < V)[None, :]
-    place = head * K * V + d[:, None] * V + x[None, :]
-    S = tl.load(start + slot * HV * K * V + place, mask=inside & (d < K * has_start)[:, None], other=0.0).to(ACC)
+    columns: tl.constexpr = V + WEIGHS
+    size = HV * K * columns
+    place = state_place(head, d, x, K, columns)
+    S = tl.load(start + slot * size + place, mask=inside & (d < K * has_start)[:, None], other=0.0).to(ACC)
+    if WEIGHS:
+        place_z = (head * K + d) * columns + V
+        z = tl.load(start + slot * size + place_z, mask=d < K * has_start, other=0.0).to(ACC)
+        first_block = tl.where(column == 0, K, 0)
     for c in range(begin.to(tl.int32), end.to(tl.int32)):
         row = first + c * C
         rows = length - c * C
         live = i < rows
         row_v = row * HV + head
-        tl.store(h + (here + c) * HV * K * V + place, S.to(h.dtype.element_ty), mask=inside)
-        keep = K * tl.where(c % every == 0, save, 0)
-        tl.store(states + (saved + c // every) * HV * K * V + place, S, mask=inside & (d < keep)[:, None])
+        before = h + ((here + c) * HV + head) * K * V
+        tl.store(before + d[:, None] * V + x[None, :], S.to(h.dtype.element_ty), mask=inside)
+        keep = tl.where(c % every == 0, save, 0)
+        checkpoint = states + (saved + c // every) * size
+        tl.store(checkpoint + place, S, mask=inside & (d < K * keep)[:, None])
+        if WEIGHS:
+            tl.store(hz + ((here + c) * HV + head) * K + d, z, mask=d < first_block)
+            tl.store(checkpoint + place_z, z, mask=d < first_block * keep)
 
         G = load_column(total + row_v, i, live, HV, ACC)
         G_last = tl.load(total + row_v + (tl.minimum(rows, C) - 1) * HV).to(ACC)
-        W = load_tile(w + row_v * K, i, live, HV * K, 0, K, BLOCK_K)
-        U = load_tile(u + row_v * V, i, live, HV * V, column, V, BLOCK_V)
-        values = U.to(ACC) - dot(W, S.to(W.dtype), tl.zeros((C, BLOCK_V), ACC), PRECISION)
-        store_tile(vn + row_v * V, values, i, live, HV * V, column, V, BLOCK_V)
+        values = load_tile(u + row_v * V, i, live, HV * V, column, V, BLOCK_V).to(ACC)
+        if ERASES:
+            W = load_tile(w + row_v * K, i, live, HV * K, 0, K, BLOCK_K)
+            values -= dot(W, S.to(W.dtype), tl.zeros((C, BLOCK_V), ACC), PRECISION)
+            store_tile(vn + row_v * V, values, i, live, HV * V, column, V, BLOCK_V)
 
         keys = load_tile(k + (row * H + head // (HV // H)) * K, i, live, H * K, 0, K, BLOCK_K)
-        values *= tl.exp(G_last - G)[:, None]
+        to_end = tl.exp(G_last - G)
+        values *= to_end[:, None]
         S = dot(tl.trans(keys), values.to(keys.dtype), S * tl.exp(G_last), PRECISION)
-    tl.store(final_state + n * HV * K * V + place, S, mask=inside & (d < K * final)[:, None])
+        if WEIGHS:
+            z = z * tl.exp(G_last) + tl.sum(keys.to(ACC) * to_end[:, None], 0)
+    tl.store(final_state + n * size + place, S, mask=inside & (d < K * final)[:, None])
+    if WEIGHS:
+        tl.store(final_state + n * size + place_z, z, mask=d < first_block * final)
+
+
+@triton.jit
+def reciprocal_or_zero(D, ACC: tl.constexpr):
+    """1 / D; 0 where |D| is below the smallest normal number: nothing was seen."""
+    unseen = tl.abs(D) < (2.2250738585072014e-308 if ACC == tl.float64 else 1.1754943508222875e-38)
+    return tl.where(unseen, 0.0, 1.0 / tl.where(unseen, 1.0, D))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    q, k, vn, h, total, cu_seqlens, o, scale, N, T, H, HV, packed,
+    q, k, vn, h, hz, total, cu_seqlens, o, weight, scale, N, T, H, HV, packed,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WEIGHS: tl.constexpr, DIVIDES: tl.constexpr,
 ):  # fmt: skip
+    """O, with WEIGHS its denominator too, with DIVIDES the quotient of the two."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     column = (program % blocks).to(tl.int32) * BLOCK_V
@@ -215,6 +255,7 @@ def output_kernel(
 
     inter = tl.zeros((C, BLOCK_V), ACC)
     A = tl.zeros((C, C), ACC)
+    seen = tl.zeros((C,), ACC)
     for start in range(0, K, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
         queries = load_tile(q + key_row, i, live, H * K, start, K, BLOCK_K)
@@ -222,16 +263,45 @@ def output_kernel(
         state = load_tile(h + (slot * HV + head) * K * V, d, d < K, V, column, V, BLOCK_V)
         inter = dot(queries, state, inter, PRECISION)
         A = dot(queries, tl.trans(keys), A, PRECISION)
+        if WEIGHS:
+            z = tl.load(hz + (slot * HV + head) * K + d, mask=d < K, other=0.0)
+            seen += tl.sum(queries.to(ACC) * z[None, :], 1)
 
     scale = tl.full((), scale, ACC)
     G = load_column(total + row_v, i, live, HV, ACC)
     A *= scale * pair_decay(G[:, None], G[None, :], (i[:, None] >= i[None, :]) & live[:, None])
     values = load_tile(vn + row_v * V, i, live, HV * V, column, V, BLOCK_V)
     O = dot(A.to(values.dtype), values, inter * (scale * tl.exp(G))[:, None], PRECISION)
+    if WEIGHS:
+        D = scale * tl.exp(G) * seen + tl.sum(A.to(values.dtype).to(ACC), 1)
+        tl.store(weight + row_v + i * HV, D, mask=i < tl.where(column == 0, rows, 0))
+        if DIVIDES:
+            O *= reciprocal_or_zero(D, ACC)[:, None]
     store_tile(o + row_v * V, O, i, live, HV * V, column, V, BLOCK_V)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
+
+
+class Memory(Enum):
+    """What a token does to the state."""
+
+    DELTA = 0  # erases, then writes
+    SUM = 1  # only writes: linear attention
+    SUM_AND_WEIGHT = 2  # the same with z, and beside o its denominator
+    NORMALISED_SUM = 3  # the same, o divided by it
+
+    @property
+    def erases(self) -> bool:
+        return self is Memory.DELTA
+
+    @property
+    def weighs(self) -> bool:
+        return self in (Memory.SUM_AND_WEIGHT, Memory.NORMALISED_SUM)
+
+    @property
+    def divides(self) -> bool:
+        return self is Memory.NORMALISED_SUM
 
 
 @dataclass(frozen=True)
@@ -250,9 +320,13 @@ class Problem:
     cu_seqlens: Tensor
     acc: torch.dtype
     precision: str
+    memory: Memory
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, g, beta, initial_state, cu_seqlens, chunk_size: int) -> Problem:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, g, beta, initial_state, cu_seqlens, chunk_size: int,
+        memory: Memory = Memory.DELTA,
+    ) -> Problem:  # fmt: skip
         """Checks what memory safety needs and collects the sizes."""
         B, T, H, K = q.shape
         HV, V = v.shape[2:]
@@ -271,10 +345,10 @@ class Problem:
         require("v", v, q, (q.dtype,), (B, T, HV, V))
         require("g", g, q, (acc,), (B, T, HV))
         require("beta", beta, q, (q.dtype, acc), (B, T, HV))
-        require("initial_state", initial_state, q, (acc,), (N, HV, K, V))
+        require("initial_state", initial_state, q, (acc,), (N, HV, K, V + memory.weighs))
         require("cu_seqlens", cu_seqlens, q, (torch.int32, torch.int64), (N + 1,))
         bounds = cu_seqlens.to(torch.int32) if packed else new(q, 1, dtype=torch.int32)
-        return cls(N, T, H, HV, K, V, chunk_size, B * T, int(packed), bounds, acc, config.precision())
+        return cls(N, T, H, HV, K, V, chunk_size, B * T, int(packed), bounds, acc, config.precision(), memory)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -282,7 +356,7 @@ class Problem:
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        return self.HV, self.K, self.V
+        return self.HV, self.K, self.V + self.memory.weighs
 
     def every(self, chunks: int) -> int:
         """Group length in chunks, cut to what already puts a whole sequence into one group."""
@@ -293,11 +367,12 @@ class Problem:
         span = self.C * chunks
         return self.T // span + self.N if self.packed else self.N * -(-self.T // span)
 
-    def launch(self, kernel: str, bits: int) -> dict:
-        """Constexpr arguments and launch options of a kernel."""
+    def launch(self, kernel: str, bits: int, *terms: str) -> dict:
+        """Constexpr arguments and launch options of a kernel; `terms` are the properties of the memory it asks for."""
         options = config.pinned(kernel, bits, self.K, self.V)
         dims = {"K": self.K, "V": self.V} if "BLOCK_K" in options else {"V": self.V}
-        return dict(options, **dims, C=self.C, ACC=config.TYPES[self.acc], PRECISION=self.precision)
+        asked = {term.upper(): getattr(self.memory, term) for term in terms}
+        return dict(options, **dims, **asked, C=self.C, ACC=config.TYPES[self.acc], PRECISION=self.precision)
 
 
 def new(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -315,42 +390,46 @@ def l2norm(x: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def prepare(p: Problem, k, v, g, beta, solve, q=None, do=None, scale=1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G, U, W; T into `solve` unless that is None. With q and do, T is read from `solve` and the fourth is AᵀdO."""
-    solved = do is not None
+    """G, U, W; T into `solve` unless that is None. With q and do, T is read from `solve` and the fourth is AᵀdO.
+
+    Where nothing is erased U is v, and W and T are not there.
+    """
+    solved, erases = do is not None, p.memory.erases
     total = new(v, p.tokens, p.HV, dtype=p.acc)
-    u, w, dvn = torch.empty_like(v), new(v, p.tokens, p.HV, p.K), torch.empty_like(v) if solved else v
+    u, w = (torch.empty_like(v), new(v, p.tokens, p.HV, p.K)) if erases else (v, total)
+    dvn = torch.empty_like(v) if solved else v
     prepare_kernel[(p.slots() * p.HV,)](
         q if solved else k, k, v, total if g is None else g, total if beta is None else beta, do if solved else v,
         p.cu_seqlens, total if solve is None else solve, total, u, w, dvn, scale,
         *p.sizes, p.packed, int(g is not None), int(beta is not None), int(solve is not None), int(solved),
-        **p.launch("prepare", OPERANDS[v.dtype]),
+        **p.launch("prepare", OPERANDS[v.dtype], "erases"),
     )  # fmt: skip
     return total, u, w, dvn
 
 
-def scan(p: Problem, k, u, w, total, start, states, final_state, group: int, every: int) -> Tensor:
-    """Runs the recurrence over groups of chunks: overwrites u with Vn, returns h, the state before each chunk.
+def scan(p: Problem, k, u, w, total, start, states, final_state, group: int, every: int) -> tuple[Tensor, Tensor]:
+    """Runs the recurrence over groups of chunks: overwrites u with Vn, returns h and hz, the state before each chunk.
 
     start, states, final_state may be None: from zeros, nothing saved, no final state.
     """
-    h = new(k, p.slots(), *p.state_shape)
-    options = p.launch("scan", OPERANDS[k.dtype])
+    h = new(k, p.slots(), p.HV, p.K, p.V)
+    hz = new(k, p.slots(), p.HV, p.K, dtype=p.acc) if p.memory.weighs else total
+    options = p.launch("weighed_scan" if p.memory.weighs else "scan", OPERANDS[k.dtype], "erases", "weighs")
     scan_kernel[(p.slots(group) * p.HV * triton.cdiv(p.V, options["BLOCK_V"]),)](
-        k, u, w, total, total if start is None else start, p.cu_seqlens, u, h,
+        k, u, w, total, total if start is None else start, p.cu_seqlens, u, h, hz,
         total if states is None else states, total if final_state is None else final_state,
         *p.sizes, group, every, p.packed, int(start is not None), int(states is not None), int(final_state is not None),
         **options,
     )  # fmt: skip
-    return h
+    return h, hz
 
 
-def output(p: Problem, q, k, vn, h, total, scale: float) -> Tensor:
-    """O, written over vn: a program reads no values but those it replaces."""
-    options = p.launch("output", OPERANDS[q.dtype])
+def output(p: Problem, q, k, vn, h, hz, total, o, weight, scale: float) -> None:
+    """O into o, which may be vn: a program reads no values but those it replaces. The denominator into weight."""
+    options = p.launch("output", OPERANDS[q.dtype], "weighs", "divides")
     output_kernel[(p.slots() * p.HV * triton.cdiv(p.V, options["BLOCK_V"]),)](
-        q, k, vn, h, total, p.cu_seqlens, vn, scale, *p.sizes, p.packed, **options
+        q, k, vn, h, hz, total, p.cu_seqlens, o, weight, scale, *p.sizes, p.packed, **options
     )
-    return vn
 
 
 def forward(
@@ -370,9 +449,10 @@ def forward(
         if p.tokens:
             keys = l2norm(k, p)[0] if qk_l2norm else k
             total, u, w, _ = prepare(p, keys, v, g, beta, solve)
-            h = scan(p, keys, u, w, total, initial_state, states, final_state, p.every(p.T), every)
+            h, hz = scan(p, keys, u, w, total, initial_state, states, final_state, p.every(p.T), every)
             del w  # before the normalised q is allocated
-            o = output(p, l2norm(q, p)[0] if qk_l2norm else q, keys, u, h, total, scale)
+            o = u
+            output(p, l2norm(q, p)[0] if qk_l2norm else q, keys, u, h, hz, total, o, total, scale)
         else:
             o = torch.empty_like(v)
             if solve is not None:

@@ -1,53 +1,51 @@
-"""The kernels of the gated delta rule, compiled for GPUs that are not there: budgets, tensor cores, compiles."""
+"""Every op's Triton kernels, compiled for GPUs that are not there: budgets, tensor cores, number of compiles."""
+
+from itertools import product
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from support import aot  # noqa: E402
+from support.launches import OPS  # noqa: E402
 
-# What multiplies matrices; l2norm and reduce only stream rows.
-HEAVY = {"prepare_kernel", "scan_kernel", "output_kernel", "reverse_kernel", "pairs_kernel", "gradient_kernel"}
-KERNELS = HEAVY | {"l2norm_kernel", "reduce_kernel"}
-# Whole K×V states of 256 keys in IEEE float32 outgrow the registers in the two sequential kernels; nothing else spills.
-MAY_SPILL = {("float32", "256x256", "scan_kernel"), ("float32", "256x256", "reverse_kernel")}
-
-
-def cases():
-    """(arch, dtype, dims) and whether it is part of the default run."""
-    for arch in aot.ARCHS:
-        for dtype in aot.DTYPES:
-            for dims in aot.DIMS:
-                yield arch, dtype, dims
+CASES = [
+    (op, arch, dtype, case)
+    for op, launches in OPS.items()
+    for arch, dtype, case in product(aot.ARCHS, launches.dtypes, launches.cases)
+]
 
 
-@pytest.mark.parametrize("arch,dtype,dims", cases(), ids=lambda x: str(x))
-def test_within_budget(arch, dtype, dims, full):
-    if not full and (arch, dtype, dims) != (90, "bfloat16", "128x128"):
-        pytest.skip("other architectures, dtypes and head dims run with --full")
-    found = {x["kernel"]: x for x in aot.report("--arch", str(arch), "--dtype", dtype, "--dims", dims)}
-    assert found.keys() == KERNELS
-    budgets = aot.load_budgets().get(aot.key(arch, dtype, *map(int, dims.split("x"))), {})
-    assert budgets.keys() == KERNELS, f"no budget for triton {aot.version()}: run python tests/support/aot.py --update"
+@pytest.mark.parametrize("op,arch,dtype,case", CASES, ids=lambda x: str(x))
+def test_within_budget(op, arch, dtype, case, full):
+    launches = OPS[op]
+    if not full and (arch != 90 or (dtype, case) not in launches.quick):
+        pytest.skip("--full: other architectures, dtypes and sizes")
+    found = {x["kernel"]: x for x in aot.report("--op", op, "--arch", str(arch), "--dtype", dtype, "--case", case)}
+    budgets = aot.load_budgets().get(aot.key(op, arch, dtype, case), {})
+    assert budgets.keys() == found.keys(), (
+        f"budgets of other kernels for triton {aot.version()}: run python tests/support/aot.py --op {op} --update"
+    )
+    assert found.keys() >= launches.matrices
     excess = {name: worse for name, x in found.items() if (worse := aot.worse(x, budgets[name]))}
     assert not excess, f"beyond tests/budgets.json: {excess}"
     for name, x in found.items():
         assert x["shared"] <= aot.SHARED_LIMIT[arch], f"{name}: {x['shared']} bytes of shared memory"
         assert x["double"] == 0, f"{name}: {x['double']} float64 instructions in a {dtype} kernel"
-        if aot.version() == "3.9" and (dtype, dims, name) not in MAY_SPILL and dtype != "tf32":
+        if aot.version() == "3.9" and not launches.may_spill(arch, dtype, case, name) and dtype != "tf32":
             assert x["spills"] == x["stack"] == 0, f"{name}: {x}"
-        if arch == 90 and dtype in ("bfloat16", "float16") and name in HEAVY:
+        if arch == 90 and dtype in ("bfloat16", "float16") and name in launches.matrices:
             assert x.get("HGMMA", 0) > 0, f"{name} does not use wgmma"
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
-def test_number_of_compiles(arch, full):
-    """T in {1, 63, 64, 2048, 2049}, packed or not, with and without states: sizes and flags are not compiled in."""
+@pytest.mark.parametrize("op", OPS)
+def test_number_of_compiles(op, arch, full):
+    """Lengths, packed or not, with and without states: sizes and flags are not compiled in."""
     if not full and arch != 90:
-        pytest.skip("other architectures run with --full")
-    (counts,) = aot.report("--arch", str(arch), "--count")
-    assert counts["forward"] <= 4, counts
-    assert counts["training"] <= 8, counts
+        pytest.skip("--full: other architectures")
+    (counts,) = aot.report("--op", op, "--arch", str(arch), "--count")
+    assert counts["all"] == counts["one"], counts
 
 
 def test_worse_than_the_budget_is_noticed():

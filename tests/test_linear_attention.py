@@ -447,7 +447,7 @@ BAD = {
     "state dtype": (dict(initial_state=x(2, 4, 32, 48, dtype=torch.bfloat16)), TypeError, "initial_state is bfloat16; expected float32"),
     "chunk size": (dict(chunk_size=128), ValueError, "chunk_size is 128; allowed: 16, 32, 64"),
     "batch with cu_seqlens": (dict(cu_seqlens=torch.tensor([0, 6])), ValueError, "batch size is 2 with cu_seqlens"),
-    "triton": (dict(backend="triton"), memattn.BackendError, "linear_attention has no triton kernel; it has: cpu, chunked"),
+    "cuda": (dict(backend="cuda"), memattn.BackendError, "linear_attention has no cuda kernel; it has: triton, cpu, chunked"),
 }  # fmt: skip
 
 

@@ -116,9 +116,9 @@ def test_initialisation_is_the_published_one():
 SUBJECTS = {n: Subject(make, EMBED, chunk=33 if n == "gated" else 16) for n, make in LAYERS.items()}
 
 
-@pytest.mark.parametrize("check", layers.CHECKS)
-def test_promises_of_a_layer(name, check):
-    layers.run(check, SUBJECTS[name])
+@pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS))
+def test_promises_of_a_layer(subject, check):
+    layers.run(check, subject)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -297,11 +297,6 @@ def test_refusals(call, error, message):
 
 def test_the_page_about_modules():
     """The code of docs/modules.md runs, and its assertions hold."""
-    torch.manual_seed(0)
-    blocks = (ROOT / "docs" / "modules.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 7
-    scope: dict[str, object] = {}
-    with torch.device("cpu"):
-        for block in blocks:
-            exec(compile(block.split("```")[0], "docs/modules.md", "exec"), scope)
-    assert f"# {scope['layer'].init_state(2)}" in blocks[1]
+    page = ROOT / "docs" / "modules.md"
+    scope = layers.run_page(page, 7)
+    assert f"# {scope['layer'].init_state(2)}" in page.read_text()

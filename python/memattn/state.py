@@ -31,11 +31,11 @@ class MemoryState:
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda state: ([getattr(state, name) for name in cls.fields], None),
+            lambda state: ([getattr(state, name) for name in state.fields], None),
             lambda parts, context: cls(*parts),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=lambda state: (
-                [(pytree.GetAttrKey(name), getattr(state, name)) for name in cls.fields],
+                [(pytree.GetAttrKey(name), getattr(state, name)) for name in state.fields],
                 None,
             ),
         )

@@ -1,12 +1,14 @@
 """Compiles every kernel of an op for a GPU that is not there, and reads what the compiler made of it.
 
+What is compiled stands in support/launches.py.
+
 A fake driver tells Triton which architecture it serves; a launch then compiles and does not run. The real launchers run
 on meta tensors, so what is compiled is exactly what a GPU would be given: pinned configurations, pointer alignment,
 scalar specialisation. Must run in a process without TRITON_INTERPRET; `report` starts one.
 
-    python tests/support/aot.py --arch 90 --dtype bfloat16 --dims 128x128     one JSON object per compiled kernel
-    python tests/support/aot.py --arch 90 --count                             distinct compiles over lengths and options
-    python tests/support/aot.py --update                                      rewrite budgets.json for this Triton
+    python tests/support/aot.py --op gated_delta_rule --arch 90 --dtype bfloat16 --case 128x128    one line per kernel
+    python tests/support/aot.py --op gated_delta_rule --count     distinct kernels over lengths and layouts
+    python tests/support/aot.py --op gated_delta_rule --update    rewrite its part of budgets.json for this Triton
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.launches import OPS  # noqa: E402
 
 TESTS = Path(__file__).resolve().parents[1]
 BUDGETS = TESTS / "budgets.json"
 ARCHS = (80, 90, 100)
-DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 where torch's own matmul may use TF32
-DIMS = ("64x64", "128x128", "256x256")
 SHARED_LIMIT = {
     80: 101376,
     90: 232448,
@@ -105,51 +110,29 @@ def resources(kernel) -> dict[str, int]:
     return found | {name: count for name in COUNTED if (count := len(re.findall(rf"\b{name}\b", sass)))}
 
 
-def gated_delta_rule(
-    dtype: str, K: int, V: int, *, T: int = 256, H: int = 2, HV: int = 4, chunk_size: int = 64, packed: bool = False,
-    state: bool = True, train: bool = True, l2norm: bool = True,
-) -> None:  # fmt: skip
-    """One forward call on meta tensors, and with `train` the backward call that follows it."""
-    import torch
-
-    from memattn.kernels.gated_delta_rule import forward
-    from memattn.kernels.gated_delta_rule_backward import backward
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    kind, N = torch.float32 if dtype == "tf32" else getattr(torch, dtype), 3 if packed else 1
-    q, k, v = (empty(1, T, heads, dim, dtype=kind) for heads, dim in ((H, K), (H, K), (HV, V)))
-    g, beta = empty(1, T, HV), empty(1, T, HV, dtype=kind)
-    initial = empty(N, HV, K, V) if state else None
-    bounds = empty(N + 1, dtype=torch.int32) if packed else None
-    inputs, settings = (q, k, v, g, beta, initial, bounds), (K**-0.5, l2norm, chunk_size, 8)
-    o, final, solve, states = forward(*inputs, *settings, state, train)
-    if train:
-        backward(torch.empty_like(o), final if state else None, *inputs, solve, states, *settings)
-
-
-def kernels(arch: int, dtype: str, K: int, V: int, chunk_size: int = 64) -> dict[str, dict]:
-    """Resources of every kernel of a training step."""
+def kernels(op: str, arch: int, dtype: str, case: str) -> dict[str, dict]:
+    """Resources of every kernel of a training step; one compiled in several forms is numbered from its second on."""
     with compile_only(arch) as compiled:
-        gated_delta_rule(dtype, K, V, chunk_size=chunk_size)
+        OPS[op].step(dtype, case)
     found: dict[str, dict] = {}
+    hashes: dict[str, list] = {}
     for name, kernel, seconds in compiled:
-        if name not in found:  # the forward's launch is the one that compiled it
-            found[name] = resources(kernel) | {"seconds": round(seconds, 2)}
+        forms = hashes.setdefault(name, [])
+        if kernel.hash not in forms:
+            forms.append(kernel.hash)
+            form = name if len(forms) == 1 else f"{name} {len(forms)}"
+            found[form] = resources(kernel) | {"seconds": round(seconds, 2)}
     return found
 
 
-def count_compiles(arch: int, dtype: str = "bfloat16", K: int = 128, V: int = 128) -> dict[str, int]:
-    """Distinct kernels compiled by forward calls, and by forward and backward, over lengths and options."""
-    counts = {}
-    for name, train in (("forward", False), ("training", True)):
+def count_compiles(op: str, arch: int) -> dict[str, int]:
+    """Distinct kernels of one training step, and of steps with every option that only changes sizes and flags."""
+    launches, counts = OPS[op], {}
+    dtype, case = launches.quick[0]
+    for name, options in (("one", ({},)), ("all", ({}, *launches.same_kernels))):
         with compile_only(arch) as compiled:
-            for T in (1, 63, 64, 2048, 2049):
-                for packed in (False, True):
-                    for state in (False, True):
-                        gated_delta_rule(dtype, K, V, T=T, packed=packed, state=state, train=train)
+            for option in options:
+                launches.step(dtype, case, **option)
         counts[name] = len({kernel.hash for _, kernel, _ in compiled})
     return counts
 
@@ -174,8 +157,8 @@ def version() -> str:
     return ".".join(version("triton").split(".")[:2])
 
 
-def key(arch: int, dtype: str, K: int, V: int) -> str:
-    return f"sm{arch} {dtype} {K}x{V}"
+def key(op: str, arch: int, dtype: str, case: str) -> str:
+    return f"{op} sm{arch} {dtype} {case}"
 
 
 def load_budgets() -> dict[str, dict]:
@@ -189,18 +172,14 @@ def worse(found: dict, budget: dict) -> list[str]:
     return more + [f"{n} {found.get(n, 0)} < {budget[n]}" for n in MORE_IS_BETTER if found.get(n, 0) < budget.get(n, 0)]
 
 
-def update_budgets() -> None:
-    """Record what this Triton makes of every case, one kernel a line."""
+def update_budgets(op: str, archs: Iterable[int], dtypes: Iterable[str], cases: Iterable[str]) -> None:
+    """Record what this Triton makes of an op's cases, one kernel a line."""
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     kept = (*LESS_IS_BETTER, *MORE_IS_BETTER)
-    budgets[version()] = {
-        key(arch, dtype, K, V): {
-            name: {n: found[n] for n in kept if n in found} for name, found in kernels(arch, dtype, K, V).items()
-        }
-        for arch in ARCHS
-        for dtype in DTYPES
-        for K, V in (tuple(map(int, dims.split("x"))) for dims in DIMS)
-    }
+    for arch, dtype, case in product(archs, dtypes, cases):
+        found = kernels(op, arch, dtype, case)
+        recorded = {name: {n: x[n] for n in kept if n in x} for name, x in found.items()}
+        budgets.setdefault(version(), {})[key(op, arch, dtype, case)] = recorded
     text = json.dumps(budgets, indent=1)
     BUDGETS.write_text(re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", _one_line, text) + "\n")
 
@@ -211,25 +190,25 @@ def _one_line(match: re.Match) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=[90])
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=DTYPES)
-    parser.add_argument("--dims", nargs="*", default=["128x128"], help="KxV")
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--op", required=True, choices=OPS)
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHS)
+    parser.add_argument("--dtype", nargs="*")
+    parser.add_argument("--case", nargs="*")
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--update", action="store_true")
     args = parser.parse_args()
+    launches = OPS[args.op]
     if args.update:
-        update_budgets()
+        update_budgets(args.op, args.arch or ARCHS, args.dtype or launches.dtypes, args.case or launches.cases)
         return
-    for arch in args.arch:
+    for arch in args.arch or [90]:
         if args.count:
-            print(json.dumps({"arch": arch, **count_compiles(arch)}), flush=True)
+            print(json.dumps({"arch": arch, **count_compiles(args.op, arch)}), flush=True)
             continue
-        for dtype in args.dtype:
-            for dims in args.dims:
-                K, V = map(int, dims.split("x"))
-                for name, found in kernels(arch, dtype, K, V, args.chunk).items():
-                    print(json.dumps({"case": key(arch, dtype, K, V), "kernel": name, **found}), flush=True)
+        pairs = product(args.dtype, args.case) if args.dtype and args.case else launches.quick
+        for dtype, case in pairs:
+            for name, found in kernels(args.op, arch, dtype, case).items():
+                print(json.dumps({"case": key(args.op, arch, dtype, case), "kernel": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     SUBJECTS = {"plain": Subject(lambda **kw: MyLayer(48, 3, chunk_size=8, **kw), embed_dim=48, chunk=8)}
 
-    @pytest.mark.parametrize("check", layers.CHECKS)
-    @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+    @pytest.mark.parametrize("subject, check", layers.matrix(SUBJECTS))
     def test_promises(subject, check):
         layers.run(check, subject)
 
@@ -17,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +65,8 @@ class Subject:
     no_gradient: tuple[str, ...] = ()  # parameters that have none by design
     tolerance: float = 5e-6  # between two forms in float32
     gradient_tolerance: float = 2e-5
+    depth: int = 1  # layers on top of each other: their rounding adds up
+    autocast_dtype: torch.dtype = torch.bfloat16  # of y; float32 where a residual stream runs through
 
     @property
     def tokens(self) -> int:
@@ -99,6 +101,16 @@ def inputs(subject: Subject, batch: int = 3, dtype: torch.dtype = torch.float32)
 def run(name: str, subject: Subject) -> None:
     """The check called `name`, or a skip with the reason why the layer lacks it."""
     CHECKS[name](fresh(subject), inputs(subject), subject)
+
+
+def matrix(subjects: Mapping[str, Subject], compiled: Collection[str] | None = None) -> list[Any]:
+    """Every subject with every check, for parametrize; the slow ones that compile only for `compiled` (None: all)."""
+    return [
+        pytest.param(subject, check, id=f"{name}-{check}")
+        for name, subject in subjects.items()
+        for check in CHECKS
+        if compiled is None or name in compiled or "compile" not in check
+    ]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
@@ -137,6 +149,18 @@ def _lacking(reason: str | None, refused: Callable[[], object] | None = None) ->
         with pytest.raises(REFUSALS):
             refused()
     pytest.skip(reason)
+
+
+def run_page(path: Path, blocks: int) -> dict[str, Any]:
+    """Runs the Python of a page of docs from top to bottom; its assertions hold. Returns what it defined."""
+    parts = path.read_text().split("```python\n")[1:]
+    assert len(parts) == blocks
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    with torch.device("cpu"):
+        for part in parts:
+            exec(compile(part.split("```")[0], path.name, "exec"), scope)
+    return scope
 
 
 # --- one layer in all its forms ---------------------------------------------------------------------------------------
@@ -195,6 +219,8 @@ def no_token_changes_nothing(layer: Any, x: Tensor, subject: Subject) -> None:
     y, after = layer(x[:, :0], state, return_state=True)
     assert y.shape == x[:, :0].shape
     same_memory(layer, after, state, subject)
+    ours, theirs = ({t.data_ptr() for t in pytree.tree_leaves(s) if t is not None} - {0} for s in (after, state))
+    assert not ours & theirs, "a returned state aliases its input"
 
 
 def later_tokens_do_not_reach_back(layer: Any, x: Tensor, subject: Subject) -> None:
@@ -395,15 +421,16 @@ def bfloat16_is_near_float64(layer: Any, x: Tensor, subject: Subject) -> None:
         y, state = narrow(rounded, return_state=True)
         truth = exact(rounded.double())
         assert y.dtype == dtype
-        close(y, truth, ceiling, f"{dtype}:")
+        close(y, truth, subject.depth * ceiling, f"{dtype}:")
         if subject.lacks.step is None:
             with torch.no_grad():
                 token, after = rounded[:, :1], exact(rounded.double(), return_state=True)[1]
-                close(narrow.step(token, state)[0], exact.step(token.double(), after)[0], ceiling, f"{dtype} step:")
+                stepped, truth = narrow.step(token, state)[0], exact.step(token.double(), after)[0]
+                close(stepped, truth, subject.depth * ceiling, f"{dtype} step:")
     with torch.autocast(x.device.type, torch.bfloat16):
         y, state = layer(x, return_state=True)
         y = layer(x, state) + y
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == subject.autocast_dtype
     y.float().square().sum().backward()
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in layer.parameters())
 

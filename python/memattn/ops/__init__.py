@@ -5,7 +5,10 @@ from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
+from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.slot_gate import slot_gate
+from memattn.ops.slot_write import slot_write
 
 __all__ = [
     "AttentionOutput",
@@ -19,5 +22,8 @@ __all__ = [
     "gated_scan_step",
     "linear_attention",
     "linear_attention_step",
+    "memory_recall",
     "merge_states",
+    "slot_gate",
+    "slot_write",
 ]

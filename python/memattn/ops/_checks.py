@@ -141,6 +141,17 @@ def cu_seqlens_values(op: str, x: Tensor, like: Tensor, name: str = "cu_seqlens"
             raise ValueError(f"{op}: {name} falls from {a} to {b} at entry {n + 1}; it must not decrease")
 
 
+def lengths(op: str, x: Tensor, like: Tensor, like_name: str = "k") -> None:
+    """Valid tokens of each batch row: [B] int32/int64 with values 0..T, `like` being [B, T, ...]."""
+    shape(op, "lengths", x, "[B]", like.shape[:1])
+    dtype(op, "lengths", x, (torch.int32, torch.int64))
+    device(op, "lengths", x, like, like_name)
+    if values_checked(x) and x.numel():
+        low, high = x.aminmax()
+        if int(low) < 0 or int(high) > like.shape[1]:
+            raise ValueError(f"{op}: lengths holds {int(low)}..{int(high)}; allowed: 0..{like.shape[1]}")
+
+
 def value_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k [B, T, H, K] and v [B, T, HV, V] of one dtype and device, HV a multiple of H, K and V in 16..256."""
     rank(op, "q", q, "[B, T, H, K]")

@@ -18,7 +18,8 @@ Chunks of C tokens, G the inclusive cumulative sum of g inside the chunk, S0 the
 
     O = e^G Q S0 + tril((q_i·k_j) e^{G_i−G_j}) V          S1 = e^{G_C} S0 + (e^{G_C−G} K)ᵀ V
 
-It is the chunk engine of `gated_delta_rule` without the erase term: see csrc/cpu/gated_delta_rule.cpp.
+It is the chunk engine of `gated_delta_rule` without the erase term: see csrc/cpu/gated_delta_rule.cpp, and on Triton
+kernels/gated_delta_rule.py.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import Differentiable, define, define_differentiable, resolve
+from memattn.ops._library import Differentiable, define, define_differentiable, implement, resolve
 from memattn.ops._sequences import sequences, slots
 from memattn.reference import linear_attention as reference
 from memattn.reference.sequences import accumulate_dtype
 
 OP, STEP = "linear_attention", "linear_attention_step"
 CHUNK_SIZES = (16, 32, 64)
-CHUNK_SIZE = {"cpu": 32, "chunked": 64}  # default per backend
+CHUNK_SIZE = {"cpu": 32, "triton": 64, "chunked": 64}  # default per backend
 CHECKPOINT_EVERY = 8  # chunks between the states that training keeps
 
 
@@ -113,21 +114,38 @@ def _step_fake(q, k, v, g, state, state_indices, scale, normaliser, divide):
     return _outputs_fake(v, normaliser, divide)
 
 
+def _triton_forward():
+    from memattn.kernels import linear_attention
+
+    return linear_attention.forward
+
+
+def _triton_backward():
+    from memattn.kernels import linear_attention
+
+    return linear_attention.backward
+
+
 define_differentiable(f"{OP}_cpu", FAMILY)
+define_differentiable(f"{OP}_triton", FAMILY)
+implement(f"{OP}_triton", _triton_forward)
+implement(f"{OP}_triton_backward", _triton_backward)
 define(f"{STEP}_cpu", STEP_SCHEMA, _step_fake)
 define(f"{STEP}_cuda", STEP_SCHEMA, _step_fake)
 
 _TRAINING = frozenset({"backward", "packed"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
 _ANYWHERE = ("cpu", "cuda", "mps", "xpu")
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_TRAINING))
 backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_TRAINING))
-_16_32 = (torch.float32, torch.bfloat16, torch.float16)
 backends.register(STEP, "cuda", Limits(("cuda",), _16_32, backends.needs_native("_C_cuda")))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(STEP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always))
 
 _PASSED = check.Passed()
-_FORWARD, _STEPS = resolve(f"{OP}_cpu"), {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
+_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------
@@ -238,7 +256,7 @@ def linear_attention(
     g = None if g is None else g.expand(v.shape[:3])
     tensors = check.contiguous(q, k, v, g, initial_state, cu_seqlens)
     settings = (scale, normaliser, normalize, chunk_size or CHUNK_SIZE[name], CHECKPOINT_EVERY)
-    o, denominator, final_state, _ = _FORWARD(*tensors, *settings, output_final_state, save)
+    o, denominator, final_state, _ = _OPS[name](*tensors, *settings, output_final_state, save)
     result = Unnormalised(o, denominator) if return_unnormalized else o
     return result, final_state if output_final_state else None
 
