@@ -27,6 +27,7 @@ OPS = (
     "causal_conv1d",
     "gated_scan",
     "attention",
+    "attention_decode",
     "slot_write",
     "memory_recall",
 )

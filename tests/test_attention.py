@@ -91,7 +91,7 @@ def test_reference_passes_every_relation():
     assert {name: reason for name, reason in run_all(reference.chunked).items() if reason} == {}
 
 
-MASKS = [Mask(**c.mask) for c in CASES if not {"head_map", "scale"} & set(c.mask)]
+MASKS = [Mask(**c.mask) for c in CASES if not {"head_map", "scale"} & set(c.mask) and c.mask.get("q_offset") != "end"]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

@@ -18,13 +18,22 @@ CEILING = 600
 # room -> rooms of memattn it may import from; a room is the part after "memattn."
 MAY_IMPORT = {
     "nn": {"nn", "ops", "state"},
-    "ops": {"_native", "backends", "kernels", "ops._checks", "ops._library", "ops._sequences", "reference"},
+    "ops": {
+        "_native",
+        "backends",
+        "kernels",
+        "ops._checks",
+        "ops._library",
+        "ops._masks",
+        "ops._sequences",
+        "reference",
+    },
     "kernels": {"kernels"},
     "reference": {"reference"},
     "backends": {"_native"},
     "state": set(),
     "integrations": {"integrations", "nn", "ops", "backends", "state"},
-}
+}  # fmt: skip
 BANNED = {
     r"\bmake_block_ptr\b": "block pointers are gone in Triton 3.9",
     r"@triton\.autotune": "configurations are pinned",

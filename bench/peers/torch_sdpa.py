@@ -24,8 +24,17 @@ def forward(*, q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, (ahead >= 0) & (ahead < window)).transpose(1, 2)
 
 
+def decode(given):
+    """The last query [B,1,HQ,D] over a full cache [B,S,HKV,D]."""
+    q, k, v = (given[name].transpose(1, 2) for name in ("q", "k_cache", "v_cache"))
+    with torch.no_grad():
+        return {"o": F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)}
+
+
 def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Candidate | tuple[str, str]]:
     """torch itself. `wheel` is another peer's."""
+    if op == "attention_decode":
+        return [Candidate("torch SDPA", torch.__version__, decode)]
     if op != "attention":
         return []
     from bench.ops.attention import runner

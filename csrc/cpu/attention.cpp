@@ -115,7 +115,7 @@ class Forward {
     std::fill(head.most, head.most + s_.queries, sink);
     std::fill(head.sum, head.sum + s_.queries, Acc(sink != -std::numeric_limits<Acc>::infinity()));
     if (a_.decay) {
-      load_decay(head.high, head.low, a_, a_.keys.start(sequence) + first + a_.mask.q_offset, h, rows, s_.queries);
+      load_decay(head.high, head.low, a_, a_.keys.start(sequence) + first + a_.offset(sequence), h, rows, s_.queries);
     }
   }
 
@@ -204,7 +204,7 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   check_tensor(op, "decay", decay, {ScalarType::Double}, {b, keys, heads});
   const AttentionSettings& s = settings;
   for (int64_t size : {s.window, s.prefix_len, s.block_size, s.summary, s.dilation, s.dilated_window, s.dilated_prefix,
-                       s.q_offset}) {
+                       s.q_offset == kAtTheEnd ? 0 : s.q_offset}) {
     if (size < 0) fail(op, "sizes of the mask must not be negative; got ", size);
   }
   if (s.causal < 0 || s.causal > 2) fail(op, "causal must be 0, 1 or 2; got ", s.causal);
@@ -221,7 +221,13 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   if (a.queries.count() != a.keys.count()) {
     fail(op, "cu_seqlens must have as many sequences of k as of q; got ", a.keys.count(), " and ", a.queries.count());
   }
-  for (int64_t n = 0; decay && n < a.queries.count(); ++n) {
+  for (int64_t n = 0; s.q_offset == kAtTheEnd && n < a.queries.count(); ++n) {
+    if (a.queries.length(n) > a.keys.length(n)) {
+      fail(op, "queries at the end of their keys must not be more than those; sequence ", n, " has ",
+           a.queries.length(n), " queries and ", a.keys.length(n), " keys");
+    }
+  }
+  for (int64_t n = 0; decay && s.q_offset != kAtTheEnd && n < a.queries.count(); ++n) {
     if (a.queries.length(n) > 0 && a.queries.length(n) + s.q_offset > a.keys.length(n)) {
       fail(op, "with decay every query needs a key at its position; sequence ", n, " has ", a.queries.length(n),
            " queries from ", s.q_offset, " and ", a.keys.length(n), " keys");

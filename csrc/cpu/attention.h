@@ -11,6 +11,8 @@
 
 namespace memattn::cpu {
 
+inline constexpr int64_t kAtTheEnd = -1;  // a q_offset: the last query of each sequence stands at its last key
+
 // The op's arguments and sizes, checked.
 struct Attention {
   SequenceLayout queries, keys;  // the same number of sequences
@@ -28,7 +30,15 @@ struct Attention {
   int64_t head(int64_t key_head, int64_t member) const {
     return tile_heads ? member * key_heads + key_head : key_head * group() + member;
   }
-  SeenKeys seen(int64_t sequence) const { return {mask, queries.length(sequence), keys.length(sequence)}; }
+  // Position of a sequence's first query.
+  int64_t offset(int64_t sequence) const {
+    return mask.q_offset == kAtTheEnd ? keys.length(sequence) - queries.length(sequence) : mask.q_offset;
+  }
+  SeenKeys seen(int64_t sequence) const {
+    AttentionMask placed = mask;
+    placed.q_offset = offset(sequence);
+    return {placed, queries.length(sequence), keys.length(sequence)};
+  }
 
   template <class Acc>
   Acc sink_of(int64_t h) const {

@@ -227,7 +227,7 @@ class Backward {
       std::fill(head.dq + first * s_.ld_key, head.dq + (first + kRows) * s_.ld_key, Acc(0));
       if (!a_.decay) continue;
       std::fill(head.row_sums + first, head.row_sums + first + kRows, Acc(0));
-      const int64_t at = a_.keys.start(item.sequence) + first + a_.mask.q_offset;
+      const int64_t at = a_.keys.start(item.sequence) + first + a_.offset(item.sequence);
       load_decay(head.high + first, head.low + first, a_, at, h, rows, kRows);
     }
   }
@@ -316,7 +316,8 @@ class Backward {
     if (!a_.decay) return;
     double* ddecay = g_.ddecay + a_.keys.start(item.sequence) * a_.heads + h;
     for (int64_t j = 0; j < keys; ++j) ddecay[j * a_.heads] = -static_cast<double>(head.column_sums[j]);
-    for (int64_t i = 0; i < queries; ++i) ddecay[(i + a_.mask.q_offset) * a_.heads] += head.row_sums[i];
+    const int64_t first = a_.offset(item.sequence);
+    for (int64_t i = 0; i < queries; ++i) ddecay[(i + first) * a_.heads] += head.row_sums[i];
   }
 
   const Attention& a_;

@@ -14,6 +14,23 @@ enum class Causal : int64_t { no, tokens, blocks };
 struct AttentionMask {
   Causal causal;
   int64_t window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix, q_offset;
+  bool causal_prefix = false;  // whether the prefix, too, is seen up to the query only
+
+  // The same mask for so many keys: a dilated grid beyond them leaves its window and its prefix, whose tiles can be
+  // skipped.
+  AttentionMask for_keys(int64_t keys) const {
+    AttentionMask mask = *this;
+    if (dilation <= keys || dilation == 1 || dilated_window == 0 || prefix_len > 0) return mask;
+    mask.dilation = 0;
+    mask.window = window > 0 ? std::min(window, dilated_window) : dilated_window;
+    if (window == 0 && block_size == 0) {
+      mask.prefix_len = dilated_prefix;
+      mask.causal_prefix = true;
+    } else if (dilated_prefix > 0) {
+      return *this;  // a prefix that the other terms cut has no short form
+    }
+    return mask;
+  }
 
   // The range of keys beyond the prefix that position i may see. Both ends never fall as i grows; dilation thins it.
   struct Range {
@@ -50,11 +67,15 @@ struct AttentionMask {
 // The ranges of all query rows of one sequence, and what tiles of keys are to them.
 class SeenKeys {
  public:
-  SeenKeys(const AttentionMask& mask, int64_t queries, int64_t keys) : mask_(mask), queries_(queries), keys_(keys) {}
+  SeenKeys(const AttentionMask& mask, int64_t queries, int64_t keys)
+      : mask_(mask.for_keys(keys)), queries_(queries), keys_(keys) {}
 
   int64_t queries() const { return queries_; }
   int64_t keys() const { return keys_; }
   int64_t prefix() const { return std::min(mask_.prefix_len, keys_); }
+  int64_t prefix(int64_t row) const {  // what this row sees of it
+    return mask_.causal_prefix ? std::min(prefix(), row + mask_.q_offset + 1) : prefix();
+  }
   AttentionMask::Range range(int64_t row) const { return mask_.keys(row + mask_.q_offset, keys_); }
 
   // Rows of first..last that see any of keys begin..end.
@@ -78,8 +99,8 @@ class SeenKeys {
 
   // Whether rows first..last see every one of keys begin..end, padding beyond the last key included.
   bool all(int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    if (end <= prefix()) return true;
-    return range(last - 1).begin <= std::max(begin, prefix()) && end <= range(first).end &&
+    if (end <= prefix(first)) return true;
+    return range(last - 1).begin <= std::max(begin, prefix(first)) && end <= range(first).end &&
            !mask_.may_thin(last - 1 + mask_.q_offset, begin, end);
   }
 
@@ -87,10 +108,11 @@ class SeenKeys {
   template <class Acc>
   void hide(Acc* s, int ld, int64_t first, int64_t last, int64_t begin, int width) const {
     constexpr Acc hidden = -std::numeric_limits<Acc>::infinity();
-    const int open = static_cast<int>(std::clamp<int64_t>(prefix() - begin, 0, width));
     for (int64_t row = first; row < last; ++row) {
       Acc* scores = s + (row - first) * ld;
-      const AttentionMask::Range seen = range(std::min(row, queries_ - 1));
+      const int64_t counted = std::min(row, queries_ - 1);
+      const int open = static_cast<int>(std::clamp<int64_t>(prefix(counted) - begin, 0, width));
+      const AttentionMask::Range seen = range(counted);
       const int from = static_cast<int>(std::clamp<int64_t>(seen.begin - begin, open, width));
       const int to = static_cast<int>(std::clamp<int64_t>(seen.end - begin, from, width));
       std::fill(scores + open, scores + from, hidden);

@@ -21,22 +21,24 @@ if TYPE_CHECKING:
 class MemoryState:
     """Base class of all states. Every tensor has one row per sequence in front; rows never mix.
 
-    A subclass names its parts in `fields`, in the order its constructor takes them. A part is a tensor, None or
-    another MemoryState. Methods return a new state, except `copy_`; layers' `step` also writes in place.
+    A subclass names its parts in `fields`, in the order its constructor takes them, and after them its `constants`,
+    numbers that are the same for all rows. A part is a tensor, None or another MemoryState. Methods return a new
+    state, except `copy_`; layers' `step` also writes in place.
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda state: ([getattr(state, name) for name in state.fields], None),
-            lambda parts, context: cls(*parts),
+            lambda state: ([getattr(state, name) for name in state.fields], state._constants()),
+            lambda parts, context: cls(*parts, *context),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=lambda state: (
                 [(pytree.GetAttrKey(name), getattr(state, name)) for name in state.fields],
-                None,
+                state._constants(),
             ),
         )
 
@@ -101,7 +103,10 @@ class MemoryState:
                 parts.append(part._map(function))
             else:
                 parts.append(None if part is None else function(self, name, part))
-        return type(self)(*parts)
+        return type(self)(*parts, *self._constants())
+
+    def _constants(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.constants)
 
     def _row_mask(self, rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -115,7 +120,7 @@ class MemoryState:
         return torch.zeros(self.batch, dtype=torch.bool, device=rows.device).index_fill(0, rows.long(), True)
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{name}={_summary(getattr(self, name))}" for name in self.fields)
+        parts = ", ".join(f"{name}={_summary(getattr(self, name))}" for name in (*self.fields, *self.constants))
         return f"{type(self).__name__}({parts})"
 
 

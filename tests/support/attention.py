@@ -85,8 +85,10 @@ CASES = (
     case("prefix and block", {"prefix_len": 7, "block_size": 16}),
     case("summary", {"chunk_rule": ("summary", 8)}, queries=75, keys=10),
     case("dilated", {"chunk_rule": ("dilated", 6, 4, 5)}, queries=75),
+    case("no grid", {"chunk_rule": ("dilated", 2**31 - 1, 20, 5)}, queries=150, **GROUPED),
     case("dilated in a window", {"chunk_rule": ("dilated", 3, 0, 0), "window": 50}),
     case("offset", {"q_offset": 40}, queries=30, keys=70),
+    case("at the end", {"q_offset": "end", "window": 30}, queries=30, keys=75, decay=0.1),
     case("offset beyond the keys", {"q_offset": 20, "window": 25}, queries=60, keys=40),
     case("sink", {"window": 30}, sinks=0, **GROUPED),
     case("sinks", {"chunk_rule": ("summary", 16)}, keys=5, sinks=3),
@@ -101,6 +103,8 @@ CASES = (
     case("packed", lengths=((1, 1), (0, 0), (16, 16), (17, 17), (90, 90), (0, 0)), sinks=0, **GROUPED),
     case("packed, other keys", {"causal": False}, lengths=((5, 40), (0, 3), (33, 0), (20, 9)), heads=2, key_heads=2),
     case("packed window", {"window": 10, "q_offset": 4}, lengths=((30, 40), (20, 24)), decay=0.2),
+    case("packed at the end", {"q_offset": "end", "window": 12}, lengths=((30, 33), (0, 3), (20, 28))),
+    case("packed prefix at the end", {"q_offset": "end", "window": 9, "prefix_len": 3}, lengths=((7, 30), (25, 25))),
     case("packed summary", {"chunk_rule": ("summary", 4)}, lengths=((19, 4), (8, 2), (3, 0))),
 )  # fmt: skip
 LONG = case("long", {"window": 300}, batch=1, queries=700, heads=2, key_heads=2, key_dim=32, value_dim=32)

@@ -32,6 +32,8 @@ BUGS = {
     "partial tile called full": ("end <= least[1] and not thinned", "end <= most[1] and not thinned"),
     "q_offset left out of the mask": ("positions_q = i[a:b]", "positions_q = row[a:b]"),
     "q_offset left out of the decay": ("_decays(decay, i, sequence_q", "_decays(decay, row, sequence_q"),
+    "queries at the end of the longest keys": ("row + (cu_seqlens_k.long().diff() - cu_seqlens_q.long().diff())[sequence], 0", "row + (cu_seqlens_k.long().diff() - cu_seqlens_q.long().diff()).max(), 0"),
+    "queries at the end stay at the start": ("return row + difference, difference", "return row, 0"),
     "decay reversed": ("(decay_q[..., :, None] - decay_k[..., None, :])", "(decay_k[..., None, :] - decay_q[..., :, None])"),
     "decay summed in float32": ("log_decay.double().cumsum(1)", "log_decay.float().cumsum(1).double()"),
     "decay rounded before the difference": ("(decay_q[..., :, None] - decay_k[..., None, :]).to(s.dtype)", "(decay_q[..., :, None].to(s.dtype) - decay_k[..., None, :].to(s.dtype))"),

@@ -1,6 +1,6 @@
 // Every primitive, written once over a vector type V and a product type D. Included inside the anonymous namespace and
 // the target region of each table's file, after that file has included <cmath>, <cstdint> and <cstring>; it includes
-// nothing but its own other parts (steps, softmax), and calls no function template of std: the linker could pick a copy
+// nothing but its own other parts (steps, softmax, decode), and calls no function template of std: the linker could pick a copy
 // compiled for AVX for everyone.
 //
 // V: Scalar, Reg, lanes; load, store, zero, broadcast, add, sub, mul, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab,
@@ -495,6 +495,7 @@ static void unit_lower_inverse(ScalarOf<V>* inverse, int ldi, const ScalarOf<V>*
 }
 
 #include "steps.inl.h"
+#include "decode.inl.h"
 
 // --- the table ---
 
@@ -533,5 +534,7 @@ static constexpr Primitives<typename D::E> make_table(const char* isa) {
   table.unit_lower_inverse = unit_lower_inverse<V, ROWS, PANEL>;
   table.step_columns = step_columns<V, STEP>;
   table.write_columns = write_columns<V, STEP>;
+  table.score_keys = score_keys<V>;
+  table.weigh_values = weigh_values<V>;
   return table;
 }

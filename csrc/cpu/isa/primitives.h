@@ -140,6 +140,13 @@ struct Primitives {
   // The same where nothing is erased: S = decay S + k vᵀ;  o = qᵀ S.
   void (*write_columns)(Acc* state, int64_t ld, const Acc* k, const Acc* q, const Acc* v, Acc decay, Acc* o, int k_dim,
                         int cols);
+
+  // Few query rows against rows of a cache as they are stored, [count, heads, dim] with `stride` between rows, each
+  // read once. Query row h * queries + m belongs to head h. s [heads * queries, count] = q kᵀ;  o += p v.
+  void (*score_keys)(Acc* s, int lds, const Acc* q, int ldq, const void* keys, Element type, int64_t stride, int count,
+                     int heads, int queries, int dim);
+  void (*weigh_values)(Acc* o, int ldo, const Acc* p, int ldp, const void* values, Element type, int64_t stride,
+                       int count, int heads, int queries, int dim);
 };
 
 // A table has a null `isa` where the compiler could not build it.

@@ -1,6 +1,7 @@
 """The ops: one file each, with equation, shapes, errors and source in its docstring."""
 
 from memattn.ops.attention import AttentionOutput, attention
+from memattn.ops.attention_decode import attention_decode
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
@@ -13,6 +14,7 @@ from memattn.ops.slot_write import slot_write
 __all__ = [
     "AttentionOutput",
     "attention",
+    "attention_decode",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",

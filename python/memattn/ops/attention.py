@@ -30,12 +30,12 @@ from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
 from memattn.ops._library import Differentiable, define_differentiable, resolve
+from memattn.ops._masks import check_mask, settings
 from memattn.reference import attention as reference
 from memattn.reference.attention import AttentionOutput
 from memattn.reference.attention_mask import Mask
 
 OP = "attention"
-HEAD_MAPS = ("gqa", "tile")
 
 
 # --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
@@ -86,8 +86,9 @@ FAMILY = Differentiable(
 define_differentiable(f"{OP}_cpu", FAMILY)
 
 _FEATURES = frozenset({"backward", "packed"})
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
-_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
+_ALL = _FEATURES | {"q_offset='end'"}
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_ALL))
+_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_ALL)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
@@ -128,70 +129,19 @@ def _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, packed):
         check.shape(OP, "log_decay", log_decay, "[B, Tk, HQ]", (batch, k.shape[1], heads))
     if alibi_slopes is not None:
         check.shape(OP, "alibi_slopes", alibi_slopes, "[HQ]", (heads,))
+    if q_offset == "end":
+        if not packed and length > k.shape[1]:
+            raise ValueError(
+                f"{OP}: q has {length} tokens and k has {k.shape[1]}; with q_offset='end' every query needs a key at "
+                "its own position (Tq ≤ Tk)"
+            )
+        return
     if (log_decay is not None or alibi_slopes is not None) and not packed and length + q_offset > k.shape[1]:
         name = "alibi_slopes" if log_decay is None else "log_decay"
         raise ValueError(
             f"{OP}: the last query has position {length + q_offset - 1} and there are {k.shape[1]} keys; with {name} "
             "every query needs a key at its own position (Tq + q_offset ≤ Tk)"
         )
-
-
-def _check_size(name, value, least, optional=True):
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
-        raise ValueError(f"{OP}: {name} is {value!r}; expected an integer ≥ {least}{' or None' if optional else ''}")
-
-
-def _check_chunk_rule(rule):
-    sizes = {"summary": ("L",), "dilated": ("D", "W", "P")}
-    known = isinstance(rule, tuple) and rule and rule[0] in sizes and len(rule) == 1 + len(sizes[rule[0]])
-    if not known:
-        raise ValueError(f"{OP}: chunk_rule is {rule!r}; allowed: None, ('summary', L), ('dilated', D, W, P)")
-    for name, value in zip(sizes[rule[0]], rule[1:], strict=True):
-        _check_size(f"{name} of chunk_rule {rule!r}", value, 1 if name in "LD" else 0, optional=False)
-
-
-def _check_scale(scale):
-    if scale is not None and not (isinstance(scale, (int, float, torch.SymFloat)) and 0 < scale < float("inf")):
-        raise ValueError(f"{OP}: scale is {scale!r}; expected a finite number > 0 or None")
-
-
-def _check_mask(mask, log_decay, alibi_slopes):
-    """Every size, and every combination of terms that would have no or two meanings."""
-    _check_size("window", mask.window, 1)
-    _check_size("block_size", mask.block_size, 1)
-    _check_size("prefix_len", mask.prefix_len, 0, optional=False)
-    _check_size("q_offset", mask.q_offset, 0, optional=False)
-    if mask.chunk_rule is not None:
-        _check_chunk_rule(mask.chunk_rule)
-    rule = mask.chunk_rule[0] if mask.chunk_rule else None
-    biased = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
-    by_tokens = {"window": mask.window, "block_size": mask.block_size, "prefix_len": mask.prefix_len}
-    refused = [
-        (mask.causal == "block" and mask.block_size is None, "causal is 'block', which needs block_size"),
-        (
-            mask.window is not None and mask.causal is False,
-            "window counts keys up to the query; it needs causal True or 'block'",
-        ),
-        (rule and mask.causal is not True, f"chunk_rule is {mask.chunk_rule!r}, causal itself: it needs causal=True"),
-        (biased and mask.causal is not True, f"{biased} is given with causal={mask.causal!r}; it needs causal=True"),
-        (
-            biased and mask.prefix_len > 0,
-            f"{biased} is given with prefix_len, whose keys may lie ahead; use two calls and merge_states",
-        ),
-        (biased and rule == "summary", f"{biased} is given with chunk_rule 'summary', whose keys are no tokens"),
-    ]
-    refused += [
-        (
-            rule == "summary" and size,
-            f"chunk_rule 'summary' with {name}, which counts tokens; use two calls and merge_states",
-        )
-        for name, size in by_tokens.items()
-    ]
-    for wrong, what in refused:
-        if wrong:
-            raise ValueError(f"{OP}: {what}")
 
 
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
@@ -206,13 +156,14 @@ def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
     if cu_seqlens_k is not None:
         check.cu_seqlens(OP, cu_seqlens_k, k, "cu_seqlens_k")
         check.shape(OP, "cu_seqlens_k", cu_seqlens_k, "[N+1] like cu_seqlens_q", cu_seqlens_q.shape)
-    if biased and check.values_checked(cu_seqlens_q):
+    if (biased or q_offset == "end") and check.values_checked(cu_seqlens_q):
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        short = (cu_seqlens_q.diff() + q_offset > keys.diff()) & (cu_seqlens_q.diff() > 0)
+        last = cu_seqlens_q.diff() + (0 if q_offset == "end" else q_offset)
+        short = (last > keys.diff()) & (cu_seqlens_q.diff() > 0)
         if bool(short.any()):
             raise ValueError(
-                f"{OP}: packed sequence {int(short.nonzero()[0])} has queries beyond its keys; with log_decay or "
-                "alibi_slopes every query needs a key at its own position"
+                f"{OP}: packed sequence {int(short.nonzero()[0])} has queries beyond its keys; with log_decay, "
+                "alibi_slopes or q_offset='end' every query needs a key at its own position"
             )
 
 
@@ -234,7 +185,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    q_offset: int = 0,
+    q_offset: int | str = 0,
     head_map: str = "gqa",
     scale: float | None = None,
     backend: str | None = None,
@@ -252,7 +203,8 @@ def attention(
     cu_seqlens_q/k  [N+1]               int32/int64 bounds of sequences packed along Tq and Tk, then B = 1; k None: as q
     ==============  ==================  ======================================================================
 
-    Positions: query row t of a sequence is at i = t + q_offset, key row j at j. Which keys a query sees:
+    Positions: query row t of a sequence is at i = t + q_offset, key row j at j; with q_offset="end" the last query of
+    each sequence is at its last key (Tq ≤ Tk). Which keys a query sees:
 
     ==========================  ==============================================================================
     causal=True                 j ≤ i; False: all; "block": all of the blocks up to its own (bidirectional inside a
@@ -281,9 +233,8 @@ def attention(
         q_offset, head_map, scale, cu_seqlens_q is None,
     )  # fmt: skip
     if signature not in _PASSED:
-        _check_mask(mask, log_decay, alibi_slopes)
-        check.choice(OP, "head_map", head_map, HEAD_MAPS)
-        _check_scale(scale)
+        name = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
+        check_mask(OP, mask, name, head_map, scale)
         _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, cu_seqlens_q is not None)
         _PASSED.add(signature)
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased)
@@ -292,6 +243,7 @@ def attention(
     tracked = (q, k, v, sink, log_decay, alibi_slopes)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens_q is not None else ())
+    features += ("q_offset='end'",) if q_offset == "end" else ()
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, sink=sink, log_decay=log_decay))
     if name == "chunked":
@@ -308,17 +260,4 @@ def attention(
         cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
     )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return AttentionOutput(*_CPU(*tensors, *_settings(mask), head_map == "tile", scale))
-
-
-def _settings(mask: Mask) -> tuple[int, ...]:
-    """The mask as the numbers of the schema."""
-    summary = dilation = dilated_window = dilated_prefix = 0
-    if mask.chunk_rule and mask.chunk_rule[0] == "summary":
-        summary = mask.chunk_rule[1]
-    elif mask.chunk_rule:
-        dilation, dilated_window, dilated_prefix = mask.chunk_rule[1:]
-    return (
-        {False: 0, True: 1, "block": 2}[mask.causal], mask.window or 0, mask.prefix_len, mask.block_size or 0,
-        summary, dilation, dilated_window, dilated_prefix, mask.q_offset,
-    )  # fmt: skip
+    return AttentionOutput(*_CPU(*tensors, *settings(mask), head_map == "tile", scale))

@@ -85,7 +85,8 @@ def loop(
     for b in range(batch):
         for n in range(len(bounds_q) - 1):
             for t in range(bounds_q[n + 1] - bounds_q[n]):
-                i, start, count = t + q_offset, bounds_k[n], bounds_k[n + 1] - bounds_k[n]
+                start, count = bounds_k[n], bounds_k[n + 1] - bounds_k[n]
+                i = t + (count - (bounds_q[n + 1] - bounds_q[n]) if q_offset == "end" else q_offset)
                 seen = [j for j in range(count) if _sees(i, j, causal, window, prefix_len, block_size, chunk_rule)]
                 keys, values = k[b, start:][seen], v[b, start:][seen]
                 s = scale * (q[b, bounds_q[n] + t] * keys).sum(-1)
@@ -113,6 +114,15 @@ def _positions(length: int, bounds: Tensor | None, device) -> tuple[Tensor, Tens
         return token, None
     sequence = torch.searchsorted(bounds.long(), token, right=True) - 1
     return token - bounds.long()[sequence], sequence
+
+
+def _placed(row, sequence, cu_seqlens_q, cu_seqlens_k, difference, q_offset):
+    """Positions of the query rows, and the offset of those of an unpacked batch. "end": the last at the last key."""
+    if q_offset != "end":
+        return row + q_offset, q_offset
+    if sequence is None:
+        return row + difference, difference
+    return row + (cu_seqlens_k.long().diff() - cu_seqlens_q.long().diff())[sequence], 0
 
 
 def _grouped(x: Tensor, key_heads: int, head_map: str) -> Tensor:
@@ -182,12 +192,12 @@ def chunked(
 
     operand_dtype rounds the operands of matrix products, as hardware with products of that type does.
     """
-    mask = Mask(causal, window, prefix_len, block_size, chunk_rule, q_offset)
     length, (total, key_heads), dtype = q.shape[1], k.shape[1:3], accumulate_dtype(q.dtype)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     row, sequence_q = _positions(length, cu_seqlens_q, q.device)
     j, sequence_k = _positions(total, cu_seqlens_k, q.device)
-    i = row + q_offset
+    i, offset = _placed(row, sequence_q, cu_seqlens_q, cu_seqlens_k, total - length, q_offset)
+    mask = Mask(causal, window, prefix_len, block_size, chunk_rule, offset)
     decay = cumulative_decay(log_decay, alibi_slopes, k)
     decay_q, decay_k = _decays(decay, i, sequence_q, cu_seqlens_k, key_heads, head_map)
     if sink is not None:
@@ -199,7 +209,7 @@ def chunked(
         masked: Mask | None = mask
         b, columns = min(a + BLOCK, length), slice(0, total)
         if sequence_q is None and b > a:
-            first, last = a + q_offset, b - 1 + q_offset
+            first, last = a + offset, b - 1 + offset
             columns = _range(mask, first, last, total)
             if mask.tile((first, last), (columns.start, columns.stop), total) == "full":
                 masked = None

@@ -18,7 +18,7 @@ class Mask:
     prefix_len: int = 0
     block_size: int | None = None
     chunk_rule: tuple | None = None
-    q_offset: int = 0
+    q_offset: Any = 0
 
     def visible(self, i: Any, j: Any) -> Any:
         """Whether query position i sees key position j: integers, or tensors that broadcast."""
