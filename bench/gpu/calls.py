@@ -83,12 +83,29 @@ def _scan_step(draw: Callable[..., Tensor], size: int) -> Inputs:
     return {"g": -draw(batch, 2, dim).abs(), "xs": draw(batch, 2, dim), "state": draw(batch, dim)}
 
 
+def _decode(paged: bool) -> Callable[..., Inputs]:
+    def inputs(draw: Callable[..., Tensor], size: int) -> Inputs:
+        keys, heads, dim = (600, 2, 40) if size == 1 else (3000, 8, 128)
+        lengths = torch.tensor([keys, keys // 2 + 1, 0], device=draw(1).device)
+        cache = {name: draw(3, keys, heads, dim) for name in ("k_cache", "v_cache")}
+        given = {"q": draw(3, 2, 4 * heads, dim), **cache, "cache_seqlens": lengths, "sink": draw(4 * heads)}
+        if not paged:
+            return given
+        pages = {name: x.view(-1, 50, heads, dim) for name, x in cache.items()}
+        table = torch.arange(3 * keys // 50, dtype=torch.int32, device=lengths.device).view(3, -1)
+        return {**given, **pages, "page_table": table, "ring_start": 100, "window": 400}
+
+    return inputs
+
+
 _WIDE = ("g", "state")
 _SCANS = {"in chunks": (70, 16), "in chains": (300, None), "in chains of chunks": (300, 140)}
 CAPTURED = {
     "linear attention step": Call(ops.linear_attention_step, _linear(False), _WIDE),
     "linear attention step, normalised": Call(ops.linear_attention_step, _linear(True), _WIDE),
     "scan step": Call(ops.gated_scan_step, _scan_step, _WIDE),
+    "decode": Call(ops.attention_decode, _decode(paged=False)),
+    "decode, paged ring": Call(ops.attention_decode, _decode(paged=True)),
     **{f"scan {words}": Call(scan, _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()},
 }
 CALLS = CAPTURED | {

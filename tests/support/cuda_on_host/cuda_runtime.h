@@ -6,10 +6,12 @@
 // argument checks; it says nothing about speed, coalescing or the memory model, and is no GPU run.
 #pragma once
 
+#include <setjmp.h>
 #include <torch/csrc/stable/tensor.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -32,6 +34,9 @@ extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")))
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -69,46 +74,55 @@ class Block {
   void wait(bool warp) {
     Fiber& fiber = fibers_[threadIdx.x];
     fiber.waits = warp ? Waits::warp : Waits::block;
-    swapcontext(&fiber.context, &scheduler_);
+    if (_setjmp(fiber.here) == 0) _longjmp(scheduler_, 1);
   }
 
+  // Two places by turns: a thread writes the one when all have read the other.
   float exchange(float value, unsigned partner) {
-    exchange_[threadIdx.x] = value;
+    const unsigned turn = fibers_[threadIdx.x].shuffles++ & 1;
+    exchange_[threadIdx.x][turn] = value;
     wait(true);
-    const float other = exchange_[partner];
-    wait(true);
-    return other;
+    return exchange_[partner][turn];
   }
 
  private:
   enum class Waits { no, warp, block, ended };
   struct Fiber {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf here;  // unlike swapcontext, jumps make no system call
     std::unique_ptr<char[]> stack;
     Waits waits;
+    bool started;
+    unsigned shuffles;
   };
 
   static void enter(unsigned high, unsigned low) {
     auto* block = reinterpret_cast<Block*>(uint64_t{high} << 32 | low);
     (*block->body_)();
     block->fibers_[threadIdx.x].waits = Waits::ended;
+    _longjmp(block->scheduler_, 1);
   }
 
   void start(unsigned t) {
     Fiber& fiber = fibers_[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler_;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
     fiber.waits = Waits::no;
+    fiber.started = false;
+    fiber.shuffles = 0;
     const auto self = reinterpret_cast<uint64_t>(this);
-    makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 2, static_cast<unsigned>(self >> 32),
+    makecontext(&fiber.start, reinterpret_cast<void (*)()>(enter), 2, static_cast<unsigned>(self >> 32),
                 static_cast<unsigned>(self));
   }
 
   void resume(unsigned t) {
+    Fiber& fiber = fibers_[t];
     threadIdx.x = t;
-    swapcontext(&scheduler_, &fibers_[t].context);
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.here, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
   }
 
   // Runs what can run, warp by warp in a drawn order, and opens barriers; false when all threads have ended.
@@ -145,8 +159,8 @@ class Block {
 
   const std::function<void()>* body_ = nullptr;
   std::vector<Fiber> fibers_;
-  std::vector<float> exchange_;
-  ucontext_t scheduler_;
+  std::vector<std::array<float, 2>> exchange_;
+  jmp_buf scheduler_;
   std::mt19937 random_{0};
 };
 
