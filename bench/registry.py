@@ -28,8 +28,10 @@ OPS = (
     "gated_scan",
     "attention",
     "attention_decode",
+    "rat_attention",
     "slot_write",
     "memory_recall",
+    "segment_memory",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

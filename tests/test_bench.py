@@ -181,6 +181,19 @@ def test_attention_flops_count_the_pairs_of_the_mask():
         assert [one.work(case, m, torch.float32).flops for m in one.modes] == [n * 2 * 3 * 16 * pairs for n in (2, 7)]
 
 
+def test_segment_memory_flops_count_the_rows_that_meet_a_memory():
+    one = registry.load("segment_memory")
+    for delta in (True, False):
+        case = replace(one.small(one.shapes("cpu", "fwd")[0][1]), length=11, segment_size=4, heads=6, key_heads=3)
+        case = replace(case, delta=delta, key_dim=16, value_dim=24)
+        reads = sum(6 for t in range(11) if t // 4 > 0)
+        writes = sum(3 * (1 + (delta and s // 4 > 0)) for s in range(11) if s // 4 < 2)
+        product = 2 * 16 * 24
+        assert [one.work(case, m, torch.float32).flops for m in one.modes] == [
+            n * product * (reads + writes) for n in (1, 3)
+        ]
+
+
 def test_step_flops_are_three_products_per_token():
     case = replace(TINY, batch=2, length=3, value_heads=4)
     assert entry.work(case, "step", torch.float32).flops == 2 * 4 * 3 * 3 * (2 * TINY.key_dim * TINY.value_dim)

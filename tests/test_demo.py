@@ -25,7 +25,7 @@ from memattn.demo.checkpoint import Progress  # noqa: E402
 from memattn.demo.model import ByteModel, ModelConfig  # noqa: E402
 
 PYTHON_FOLDER = Path(demo.__file__).resolve().parents[2]
-TINY = ModelConfig(embed_dim=32, num_heads=2, layers=("delta", "local"), window=8, hidden_dim=32)
+TINY = ModelConfig(embed_dim=32, num_heads=2, layers=("gdn", "local"), window=8, hidden_dim=32)
 
 
 @pytest.fixture
@@ -124,14 +124,14 @@ def test_local_attention_is_masked_softmax():
     assert state.k.shape == (3, 2, 8, 16)
 
 
-@pytest.mark.parametrize("layers", [("delta", "local"), ("full", "local")])
+@pytest.mark.parametrize("layers", [("gdn", "local"), ("full", "local")])
 def test_reading_in_pieces_then_stepping_equals_reading_at_once(tiny_model, layers):
     model = tiny_model if layers == TINY.layers else ByteModel(replace(TINY, layers=layers))
     tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole, _ = model(tokens)
         state, place, parts = model.init_state(2), 0, []
-        for end in (13, 21, 30) if "delta" in layers else (30,):
+        for end in (13, 21, 30) if "gdn" in layers else (30,):
             y, state = model(tokens[:, place:end], state)
             parts.append(y)
             place = end
@@ -148,7 +148,7 @@ def with_room(cache, room):
 
 
 def test_wrong_layer_name_is_refused():
-    with pytest.raises(ValueError, match=r"layers: got 'mamba'; allowed are 'delta', 'local', 'full'"):
+    with pytest.raises(ValueError, match=r"layers: got 'mamba'; allowed are gdn, deltanet.*, local, full"):
         ByteModel(replace(TINY, layers=("mamba",)))
 
 
@@ -253,10 +253,10 @@ def test_comparison_counts_state_and_stops_softmax_in_time(tiny_model):
     result = compare.compare(tiny_model, softmax, text, config, interrupt.StopRequest(), lambda so_far: None)
     local = 2 * 8 * 32 * 4  # keys and values of the window, float32
     assert [p.state - local for p in result.softmax] == [2 * n * 32 * 4 for n in (16, 32, 64)]
-    assert len({p.state for p in result.delta}) == 1
+    assert len({p.state for p in result.memory}) == 1
     assert [p.prefill_seconds is None for p in result.softmax] == [False, True, True]
     assert result.stopped.startswith("softmax prefill stopped before 32 bytes")
-    assert all(p.decode_seconds > 0 and p.prefill_seconds > 0 for p in result.delta)
+    assert all(p.decode_seconds > 0 and p.prefill_seconds > 0 for p in result.memory)
 
 
 # --- stopping ---
@@ -348,10 +348,42 @@ def test_smoke_run_from_the_command_line(tmp_path):
     bits = saved["training"]["curve_bits"]
     assert bits[-1] < 8 and saved["stream"]["bits_per_byte"] < 8
     assert saved["stream"]["resident"][-1][0] == saved["stream"]["length"] == 4096
-    assert [len(saved["comparison"][kind]) for kind in ("delta", "softmax")] == [2, 2]
+    assert [len(saved["comparison"][kind]) for kind in ("memory", "softmax")] == [2, 2]
     assert saved["sample"] in out and saved["sample"].startswith("def ")
     for part in ("Held-out bits per byte by position", "held-out stream", "softmax attention", "report.html"):
         assert part in out
+
+
+@pytest.mark.parametrize("arguments", ["--layer deltanet", "--stack gdn:1,deltanet:1"])
+def test_smoke_run_with_other_layers(tmp_path, arguments):
+    process = run_demo("--smoke", "--seconds", "0.3", *arguments.split(), "--out", tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    saved = json.loads((tmp_path / "report.json").read_text())
+    expected = {"--layer deltanet": ["deltanet", "local"], "--stack gdn:1,deltanet:1": ["gdn", "deltanet"]}
+    assert saved["stopped"] is None and saved["model"]["layers"] == expected[arguments]
+
+
+@pytest.mark.parametrize("name", mixers.STACKED)
+def test_every_layer_trains_reads_and_writes(name):
+    """What a smoke run does with a layer, without the rest."""
+    torch.manual_seed(0)
+    model = ByteModel(replace(TINY, layers=(name,), window=16))
+    text = torch.randint(97, 105, (4000,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    config = train.TrainingConfig(seconds=0.2, rows=2, length=40, stay=3)
+    trainer = train.Trainer(model, data.TrainingRows(text, 2, 40, 3), config, Progress())
+    trainer.run(interrupt.StopRequest(), lambda bits: None, lambda: None)
+    assert trainer.progress.step > 0 and all(p.isfinite().all() for p in model.parameters())
+    tokens = text[None, :50].long()
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        first, state = model(tokens[:, :23])
+        parts = [first]
+        for t in range(23, 50):
+            y, state = model.step(tokens[:, t], state)
+            parts.append(y[:, None])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-4)
+    assert len(list(stream.generate(model, b"abc", 5, temperature=1.0, seed=0))) == 5
 
 
 def test_report_is_one_self_contained_page():
@@ -386,6 +418,12 @@ BAD_ARGUMENTS = {
     "--resume /no/such/file": "checkpoint /no/such/file: there is no such file",
     "--generate x --checkpoint /no/such/file": "checkpoint /no/such/file: there is no such file",
     "--out /dev/null": "argument --out: /dev/null cannot be a folder",
+    "--layer mamba": "argument --layer: got 'mamba'; allowed are gdn, deltanet",
+    "--stack gdn:3,mamba": "argument --stack: layers: got 'mamba' in 'gdn:3,mamba'; allowed names: gdn, deltanet",
+    "--stack gdn:0": "argument --stack: layers: got '0' after 'gdn' in 'gdn:0'; allowed: a whole number",
+    "--layer gdn --stack gdn:2": "--layer replaces the memory layers of the model, --stack names all layers: give one",
+    "--layer gdn --resume x": "--layer is for a new model; a checkpoint has its layers",
+    "--stack gdn --generate x --checkpoint y": "--stack is for a new model; a checkpoint has its layers",
     "--fast": "unrecognized arguments: --fast",
 }
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from memattn.ops.feature_maps import elu_plus_one, hedgehog
+from memattn.ops.feature_maps import dpfp, elu_plus_one, hedgehog
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,3 +80,23 @@ def test_bad_input(device):
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dpfp_equals_its_definition(dtype, device):
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    y = dpfp(x, 3)
+    assert y.shape == (2, 5, 48) and y.dtype == dtype and (y >= 0).all()
+    u = torch.cat([x.double().clamp(min=0), (-x.double()).clamp(min=0)], -1)
+    for j in (1, 2, 3):
+        for i in range(16):  # feature i meets the one j before it, around the end
+            expected = (u[..., i] * u[..., (i - j) % 16]).to(dtype)
+            assert torch.equal(y[..., (j - 1) * 16 + i], expected)
+
+
+def test_dpfp_gradient_and_refusals(device):
+    leaf = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(dpfp, leaf)
+    for nu in (0, 8, True, 1.5):
+        with pytest.raises(ValueError, match="dpfp: nu is .*; allowed: 1..7"):
+            dpfp(leaf, nu)

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "ops._masks",
         "ops._sequences",
         "reference",
+        "state",
     },
     "kernels": {"kernels"},
     "reference": {"reference"},

@@ -82,6 +82,33 @@ def test_tokens_read_what_earlier_segments_wrote_only():
     assert changed == [SEGMENT + 2, *range(2 * SEGMENT, 3 * SEGMENT)]
 
 
+def test_three_calls_equal_one():
+    """The second begins and ends anywhere in a segment."""
+    layer, x = layers.fresh(SUBJECTS["plain"]).double(), layers.draw(1, 4 * SEGMENT, EMBED).double()
+    with torch.no_grad():
+        whole = layer(x)
+        for first in range(1, SEGMENT):
+            for last in range(first + SEGMENT - 1, first + 2 * SEGMENT):
+                y, state = layer(x[:, :first], return_state=True)
+                outputs = [y]
+                for part in (x[:, first:last], x[:, last:]):
+                    y, state = layer(part, state, return_state=True)
+                    outputs.append(y)
+                assert relative_error(torch.cat(outputs, 1), whole) <= 1e-12, f"parts at {first} and {last}"
+
+
+def test_rows_of_a_step_are_written_apart():
+    """Rows that stand at different places of their segments: each writes at its own end."""
+    layer, x = layers.fresh(SUBJECTS["plain"]), layers.draw(2, 2 * SEGMENT, EMBED)
+    with torch.no_grad():
+        mask = torch.arange(SEGMENT) < torch.tensor([[SEGMENT - 2], [3]])
+        state = layer(x[:, :SEGMENT], attention_mask=mask, return_state=True)[1]
+        outputs = torch.cat([layer.step(token, state)[0] for token in x[:, SEGMENT:].split(1, 1)], 1)
+        for b, count in enumerate((SEGMENT - 2, 3)):
+            alone = layer(torch.cat([x[b : b + 1, :count], x[b : b + 1, SEGMENT:]], 1))[:, count:]
+            assert relative_error(outputs[b : b + 1], alone) <= 5e-6, f"row {b}"
+
+
 def test_step_on_the_device_computes_every_write_and_keeps_the_due(monkeypatch):
     """Where values are not looked at, the masked write gives what the conditional one gives."""
     layer, x = layers.fresh(SUBJECTS["plain"]), layers.draw(2, 2 * SEGMENT + 1, EMBED)

@@ -1,13 +1,18 @@
-"""torch's scaled_dot_product_attention, in its own layout: the transposes of q, k and v are views."""
+"""torch's scaled_dot_product_attention, in its own layout: the transposes of q, k and v are views.
+
+To RAT it is what RAT stands in for: causal attention of equal width over all tokens, another function.
+"""
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from bench.compare import Candidate
+from bench.registry import Inputs, Results
 
 LONGEST_MASK = 4096  # tokens
 
@@ -31,10 +36,37 @@ def decode(given):
         return {"o": F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)}
 
 
+@cache
+def _of_equal_width(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, length: int
+) -> list[torch.Tensor]:
+    """q, k, v, do [B, H, T, D] for `length` keys, and for one query of a step."""
+    batch, tokens, heads, dim = shape
+    noise = torch.Generator(device).manual_seed(0)
+    sizes = (tokens, length, length, tokens)
+    return [torch.randn(batch, heads, n, dim, generator=noise, device=device).to(dtype) for n in sizes]
+
+
+def instead_of_rat(mode: str, given: Inputs) -> Results:
+    """Attention over as many tokens, of v's heads; the tensors are its own."""
+    v = given["v"]
+    length = int(given["length"].max()) if mode == "step" else v.shape[1]
+    q, k, v, do = _of_equal_width(tuple(v.shape), v.dtype, v.device, length)
+    if mode != "fwdbwd":
+        with torch.no_grad():
+            return {"o": F.scaled_dot_product_attention(q, k, v, is_causal=mode == "fwd")}
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaves, do), strict=True))}
+
+
 def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Candidate | tuple[str, str]]:
     """torch itself. `wheel` is another peer's."""
     if op == "attention_decode":
         return [Candidate("torch SDPA", torch.__version__, decode)]
+    if op == "rat_attention":
+        call = partial(instead_of_rat, mode)
+        return [Candidate("torch SDPA of equal width", torch.__version__, call, judged=False)]
     if op != "attention":
         return []
     from bench.ops.attention import runner

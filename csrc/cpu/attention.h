@@ -17,6 +17,7 @@ inline constexpr int64_t kAtTheEnd = -1;  // a q_offset: the last query of each 
 struct Attention {
   SequenceLayout queries, keys;  // the same number of sequences
   AttentionMask mask;
+  std::vector<int64_t> q_offsets;  // of each sequence, instead of the mask's; empty: none
   int64_t heads, key_heads;
   int key_dim, value_dim;
   const void *q, *k, *v;  // [tokens, heads or key_heads, key_dim or value_dim] of `element`
@@ -32,6 +33,7 @@ struct Attention {
   }
   // Position of a sequence's first query.
   int64_t offset(int64_t sequence) const {
+    if (!q_offsets.empty()) return q_offsets[sequence];
     return mask.q_offset == kAtTheEnd ? keys.length(sequence) - queries.length(sequence) : mask.q_offset;
   }
   SeenKeys seen(int64_t sequence) const {
@@ -57,6 +59,17 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                          const std::optional<Tensor>& sink, const std::optional<Tensor>& decay,
                          const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const AttentionSettings& settings);
+
+// What backward reads besides the arguments, and where its results go.
+struct AttentionGradients {
+  const void *o, *d_o;         // like q with V columns
+  const void *lse, *d_lse;     // [tokens, heads] in the accumulate type; d_lse may be null
+  void *dq, *dk, *dv;          // like q, k, v
+  double* ddecay;              // like decay, or null
+};
+
+// The gradients of a call with tensors of `type`.
+void differentiate(const Attention& a, ScalarType type, const AttentionGradients& g, void* dsink);
 
 inline constexpr int kKeys = 64;  // of a tile; tiles begin at its multiples, so that bits do not depend on the queries
 

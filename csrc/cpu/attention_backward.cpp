@@ -17,13 +17,6 @@ namespace {
 constexpr const char* kOp = "attention_cpu_backward";
 constexpr int kRows = 128;  // of a tile of queries
 
-struct Gradients {
-  const void *o, *d_o;         // like q with V columns
-  const void *lse, *d_lse;     // [tokens, heads] in the accumulate type; d_lse may be null
-  void *dq, *dk, *dv;          // like q, k, v
-  double* ddecay;              // like decay, or null
-};
-
 // Rows kept as left and as right operand of products.
 template <class E>
 struct RowOperands {
@@ -107,7 +100,7 @@ class Backward {
   using Heads = std::vector<HeadRows<E>>;
 
  public:
-  Backward(const Attention& a, const Primitives<E>& isa, const Gradients& g)
+  Backward(const Attention& a, const Primitives<E>& isa, const AttentionGradients& g)
       : a_(a), isa_(isa), g_(g), s_(a, isa.unit, kRows), sinks_(a.queries.count() * a.heads) {
     for (int64_t n = 0; n < a.queries.count(); ++n) {
       longest_ = std::max(longest_, tiles(a.queries.length(n), kRows) * kRows);
@@ -322,7 +315,7 @@ class Backward {
 
   const Attention& a_;
   const Primitives<E>& isa_;
-  const Gradients g_;
+  const AttentionGradients g_;
   const AttentionSizes s_;
   int64_t longest_ = 0, most_keys_ = 0;  // rows and keys of an item, in whole tiles
   std::vector<double> sinks_;            // [sequences, heads]
@@ -347,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   Tensor dsink = sink ? torch::stable::empty_like(*sink) : torch::stable::new_empty(q, {0}, sums);
   Tensor ddecay = decay ? torch::stable::empty_like(*decay) : torch::stable::new_empty(q, {0}, sums);
-  const Gradients g{o.const_data_ptr(),
+  const AttentionGradients g{o.const_data_ptr(),
                     d_o.const_data_ptr(),
                     lse.const_data_ptr(),
                     d_lse ? d_lse->const_data_ptr() : nullptr,
@@ -355,15 +348,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                     dk.mutable_data_ptr(),
                     dv.mutable_data_ptr(),
                     decay ? ddecay.mutable_data_ptr<double>() : nullptr};
-  with_primitives(type, [&]<class E>(const Primitives<E>& isa) {
-    Backward<E> backward(a, isa, g);
-    backward.run(torch::stable::get_num_threads());
-    if (sink) backward.store_dsink(static_cast<AccumulateOf<E>*>(dsink.mutable_data_ptr()));
-  });
+  differentiate(a, type, g, sink ? dsink.mutable_data_ptr() : nullptr);
   return {dq, dk, dv, dsink, ddecay};
 }
 
 }  // namespace
+
+void differentiate(const Attention& a, ScalarType type, const AttentionGradients& g, void* dsink) {
+  with_primitives(type, [&]<class E>(const Primitives<E>& isa) {
+    Backward<E> backward(a, isa, g);
+    backward.run(torch::stable::get_num_threads());
+    if (dsink) backward.store_dsink(static_cast<AccumulateOf<E>*>(dsink));
+  });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(memattn, CPU, m) { m.impl("attention_cpu_backward", TORCH_BOX(&attention_backward)); }
 

@@ -4,6 +4,8 @@
 #include "../common/checks.h"
 #include "isa/primitives.h"
 
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 namespace memattn::cpu {
@@ -40,6 +42,12 @@ auto with_primitives(ScalarType type, Run&& run) {
   if (type == ScalarType::Double) return run(*primitives<double>());
   if (const auto* table = primitives<bf16>(); table != nullptr && type == ScalarType::BFloat16) return run(*table);
   return run(*primitives<float>());
+}
+
+// Of a denominator below the smallest normal number, hence without meaning: 0.
+template <class Acc>
+Acc reciprocal_or_zero(Acc denominator) {
+  return std::abs(denominator) < std::numeric_limits<Acc>::min() ? Acc(0) : 1 / denominator;
 }
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }

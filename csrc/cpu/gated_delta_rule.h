@@ -46,12 +46,6 @@ struct DeltaRule {
   int columns() const { return value_dim + (weighs() ? 1 : 0); }  // of the state
 };
 
-// Of an output row whose denominator is below the smallest normal number, hence without meaning: 0.
-template <class Acc>
-Acc reciprocal_or_zero(Acc denominator) {
-  return std::abs(denominator) < std::numeric_limits<Acc>::min() ? Acc(0) : 1 / denominator;
-}
-
 inline constexpr double kL2NormEps = 1e-6;
 
 DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,

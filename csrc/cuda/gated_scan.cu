@@ -31,7 +31,6 @@ struct Inputs {
   int64_t batch() const { return g.size(0); }
   int64_t channels() const { return g.size(2); }
   int64_t sequences() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : batch(); }
-  int64_t tokens() const { return batch() * g.size(1); }
   int count() const { return x[1] ? 2 : 1; }
   ScalarType type() const { return x[0]->scalar_type(); }
   int64_t ends_per_row() const {

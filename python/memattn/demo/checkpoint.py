@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memattn.demo.model import ByteModel, ModelConfig
 
-_FORMAT = "memattn-demo-1"
+_FORMAT = "memattn-demo-2"
 
 
 @dataclass

@@ -33,7 +33,7 @@ class Point:
 
 @dataclass
 class Comparison:
-    delta: list[Point] = field(default_factory=list)
+    memory: list[Point] = field(default_factory=list)
     softmax: list[Point] = field(default_factory=list)
     stopped: str | None = None
 
@@ -75,7 +75,7 @@ def decode_seconds(model: ByteModel, state: list[Any], steps: int, device: torch
 
 
 def compare(
-    delta: ByteModel,
+    model: ByteModel,
     softmax: ByteModel,
     text: Tensor,
     config: ComparisonConfig,
@@ -83,11 +83,11 @@ def compare(
     on_point: Callable[[Comparison], None],
 ) -> Comparison:
     """Each context length for both models, shortest first. Softmax prefill ends when its seconds are used up."""
-    result, device = Comparison(), next(delta.parameters()).device
+    result, device = Comparison(), next(model.parameters()).device
     spent, last, before = 0.0, 0.0, 0.0
     for context in config.contexts:
         tokens = text[None, :context].long().to(device)
-        result.delta.append(_measure(delta, tokens, config, config.chunk))
+        result.memory.append(_measure(model, tokens, config, config.chunk))
         on_point(result)
         stop.check()
         if result.stopped is None:

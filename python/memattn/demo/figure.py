@@ -167,7 +167,7 @@ def _pair(axes: Axes, results: Results, value: Callable[[Point], float | None], 
     drawn = []
     for points, color, name in (
         (results.comparison.softmax, SOFTMAX, "softmax attention"),
-        (results.comparison.delta, DELTA, "GatedDeltaNet"),
+        (results.comparison.memory, DELTA, "memory layers"),
     ):
         known = [(p.context, y) for p in points if (y := value(p)) is not None]
         axes.plot([x for x, _ in known], [y for _, y in known], style, color=color, ms=4, lw=1.6, label=name)
@@ -179,7 +179,7 @@ def _speed(axes: Axes, results: Results, value: Callable[[Point], float | None],
     if not results.comparison.softmax:
         return False
     _value_axis(axes, _pair(axes, results, value), 10, (1, 2, 5), thousands)
-    _bytes_axis(axes, [p.context for p in results.comparison.delta])
+    _bytes_axis(axes, [p.context for p in results.comparison.memory])
     axes.set_xlabel("context, bytes")
     axes.set_ylabel(unit)
     axes.legend()
@@ -208,7 +208,7 @@ def _memory(axes: Axes, results: Results) -> bool:
     values = _pair(axes, results, lambda p: p.peak or None)
     values += _pair(axes, results, lambda p: p.state, "--")
     _value_axis(axes, values, 4, (1,), binary_size)
-    _bytes_axis(axes, [p.context for p in results.comparison.delta])
+    _bytes_axis(axes, [p.context for p in results.comparison.memory])
     axes.set_xlabel("context, bytes")
     axes.set_ylabel("memory beyond the model")
     names = ("softmax attention, peak while reading", "GatedDeltaNet, peak while reading", "… kept", "… kept")

@@ -1,4 +1,4 @@
-"""Softmax mixers in plain torch: the local attention of the model, the full attention it is compared with."""
+"""The mixers of the demo's model by name: the layers of memattn.nn, and two of plain torch beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.nn.hybrid_stack import LAYERS
 from memattn.state import MemoryState
+
+# Those of plain torch: the local attention of the model, and the full attention that memories are compared with.
+PLAIN = ("local", "full")
+NAMES = (*LAYERS, *PLAIN)
+STACKED = (*LAYERS, "local")  # what --stack may name: full attention cannot carry a text from batch to batch
+# The argument by which a layer takes the model's window, where it has one.
+_WINDOW_OF = {"lizard": "window", "swa": "window"}
 
 
 class LastTokens(MemoryState):
@@ -147,3 +155,14 @@ class FullAttention(_Attention):
         state.k[:, :, place], state.v[:, :, place] = k, v
         after = GrowingCache(state.k, state.v, seen)
         return self._merge(F.scaled_dot_product_attention(q, *after.filled())), after
+
+
+def make_mixer(name: str, embed_dim: int, num_heads: int, window: int) -> nn.Module:
+    """The mixer called `name`, one of NAMES."""
+    if name == "local":
+        return LocalAttention(embed_dim, num_heads, window=window)
+    if name == "full":
+        return FullAttention(embed_dim, num_heads)
+    if name not in LAYERS:
+        raise ValueError(f"layers: got {name!r}; allowed are {', '.join(NAMES)}")
+    return LAYERS[name](embed_dim, num_heads, **({_WINDOW_OF[name]: window} if name in _WINDOW_OF else {}))

@@ -1,4 +1,4 @@
-"""A byte-level language model: GatedDeltaNet layers with one local-attention layer among them.
+"""A byte-level language model: memory layers (by default GatedDeltaNet) with one local-attention layer among them.
 
 Every mixer follows the convention of `memattn.nn`: `y, state = layer(x, state, return_state=True)`,
 `layer.init_state(batch)`, `y_t, state = layer.step(x_t, state)`.
@@ -7,32 +7,33 @@ Every mixer follows the convention of `memattn.nn`: `y, state = layer(x, state, 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from memattn.demo.mixers import FullAttention, LocalAttention
-from memattn.nn import GatedDeltaNet
+from memattn.demo.mixers import PLAIN, make_mixer
+from memattn.nn.residual_block import ResidualBlock
 
 BYTES = 256
-_PIECE = 4096  # tokens at a time through the position-wise half of a block when a long prompt is read
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`layers` names the mixers from input to output: "delta", "local" or "full"."""
+    """`layers` names the mixers from input to output, each one of `mixers.NAMES`."""
 
     embed_dim: int = 192
     num_heads: int = 3
-    layers: tuple[str, ...] = ("delta", "delta", "local", "delta")
+    layers: tuple[str, ...] = ("gdn", "gdn", "local", "gdn")
     window: int = 128
     hidden_dim: int = 384
 
+    def with_memory(self, name: str) -> ModelConfig:
+        """The same model with layers of that name in place of its memory layers; the local one stays."""
+        return replace(self, layers=tuple(name if layer not in PLAIN else layer for layer in self.layers))
+
     def with_softmax(self) -> ModelConfig:
-        """The same model with full causal softmax attention in place of every GatedDeltaNet."""
-        return replace(self, layers=tuple("full" if name == "delta" else name for name in self.layers))
+        """The same model with full causal softmax attention in place of every memory layer."""
+        return self.with_memory("full")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,60 +43,6 @@ class ModelConfig:
         return cls(**{**values, "layers": tuple(values["layers"])})
 
 
-def _mixer(name: str, config: ModelConfig) -> GatedDeltaNet | LocalAttention | FullAttention:
-    if name == "delta":
-        return GatedDeltaNet(config.embed_dim, config.num_heads, head_dim=config.embed_dim // config.num_heads)
-    if name == "local":
-        return LocalAttention(config.embed_dim, config.num_heads, window=config.window)
-    if name == "full":
-        return FullAttention(config.embed_dim, config.num_heads)
-    raise ValueError(f"layers: got {name!r}; allowed are 'delta', 'local', 'full'")
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.inward = nn.Linear(embed_dim, 2 * hidden_dim, bias=False)
-        self.outward = nn.Linear(hidden_dim, embed_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.inward(x).chunk(2, dim=-1)
-        return self.outward(F.silu(gate) * value)
-
-
-class Mixer(Protocol):
-    """What every mixer of the model can do."""
-
-    def __call__(self, x: Tensor, state: Any, *, return_state: bool) -> tuple[Tensor, Any]: ...
-    def init_state(self, batch: int) -> Any: ...
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
-
-
-class Block(nn.Module):
-    mixer: Mixer
-
-    def __init__(self, name: str, config: ModelConfig) -> None:
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.embed_dim)
-        self.mixer = cast(Mixer, _mixer(name, config))
-        self.mlp_norm = nn.RMSNorm(config.embed_dim)
-        self.mlp = SwiGLU(config.embed_dim, config.hidden_dim)
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer(self.mixer_norm(x), state, return_state=True)
-        x = x + y
-        if torch.is_grad_enabled():
-            return x + self.mlp(self.mlp_norm(x)), state
-        for piece in x.split(_PIECE, dim=1):
-            piece += self.mlp(self.mlp_norm(piece))
-        return x, state
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(self.mixer_norm(x), state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
-
-
 class ByteModel(nn.Module):
     """Bytes `[B, T]` to next-byte logits `[B, T, 256]`; the state is a list with one entry per block."""
 
@@ -103,7 +50,12 @@ class ByteModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(BYTES, config.embed_dim)
-        self.blocks = nn.ModuleList(Block(name, config) for name in config.layers)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                make_mixer(name, config.embed_dim, config.num_heads, config.window), config.embed_dim, config.hidden_dim
+            )
+            for name in config.layers
+        )
         self.norm = nn.RMSNorm(config.embed_dim)
         self.head = nn.Linear(config.embed_dim, BYTES, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -135,8 +87,8 @@ class ByteModel(nn.Module):
             after.append(new)
         return self.logits(x[:, 0]), after
 
-    def layers(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
+    def layers(self) -> list[ResidualBlock]:
+        return cast(list[ResidualBlock], list(self.blocks))
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

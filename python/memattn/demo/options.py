@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from memattn.demo.compare import ComparisonConfig
+from memattn.demo.mixers import STACKED
 from memattn.demo.model import ModelConfig
 from memattn.demo.precision import faster_dtype
 from memattn.demo.train import TrainingConfig
+from memattn.nn.hybrid_stack import LAYERS, parse_spec
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    model=ModelConfig(embed_dim=32, num_heads=2, window=16, hidden_dim=64, layers=("delta", "local")),
+    model=ModelConfig(embed_dim=32, num_heads=2, window=16, hidden_dim=64, layers=("gdn", "local")),
     training=TrainingConfig(seconds=1.0, rows=4, length=64),
     comparison=ComparisonConfig(contexts=(256, 512), chunk=128, decode_steps=4, softmax_seconds=1.0),
     text_limit=1 << 18,
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="memattn demo", description=DESCRIPTION)
     add = parser.add_argument
     add("--smoke", action="store_true", help="the same run at tiny sizes, under ten seconds")
+    add("--layer", metavar="NAME", help=f"the memory layer of the model: {', '.join(LAYERS)} (default gdn)")
+    add("--stack", metavar="SPEC", help="all layers from input to output, e.g. gdn:3,local:1")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for report and checkpoint")
     add("--seconds", type=lambda s: _number(float, s, 0.1), help="training time (default 90, smoke 1)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -106,6 +110,28 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"argument --{name}: got {value!r}; allowed are {', '.join(allowed)}")
 
 
+def _check_layers(options: argparse.Namespace) -> None:
+    chosen = [f"--{name}" for name in ("layer", "stack") if getattr(options, name) is not None]
+    if len(chosen) == 2:
+        raise UsageError("--layer replaces the memory layers of the model, --stack names all layers: give one of them")
+    if chosen and (options.resume is not None or options.generate is not None):
+        raise UsageError(f"{chosen[0]} is for a new model; a checkpoint has its layers")
+    if options.layer is not None:
+        _one_of("layer", options.layer, tuple(LAYERS))
+    if options.stack is not None:
+        try:
+            parse_spec(options.stack, STACKED)
+        except ValueError as error:
+            raise UsageError(f"argument --stack: {error}") from error
+
+
+def model_config(options: argparse.Namespace, config: ModelConfig) -> ModelConfig:
+    """The plan's model with the layers that were asked for."""
+    if options.stack is not None:
+        return replace(config, layers=tuple(parse_spec(options.stack, STACKED)))
+    return config if options.layer is None else config.with_memory(options.layer)
+
+
 def _dtype(options: argparse.Namespace) -> torch.dtype:
     if options.dtype == "auto":
         return faster_dtype(torch.device(options.device))
@@ -117,6 +143,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--generate and --checkpoint go together: one says what to write on from, the other with what")
     if options.generate is not None and options.resume is not None:
         raise UsageError("--resume trains and --generate does not: give one of them")
+    _check_layers(options)
     _one_of("device", options.device, ("auto", "cpu", "cuda"))
     _one_of("dtype", options.dtype, ("auto", "float32", "bfloat16"))
     if options.device == "cuda" and not torch.cuda.is_available():

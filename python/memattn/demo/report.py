@@ -60,7 +60,7 @@ def tables(results: Results) -> Iterator[Table]:
         yield _positions(results)
     if results.stream:
         yield _stream(results.stream)
-    if results.comparison.delta:
+    if results.comparison.memory:
         yield _comparison(results)
 
 
@@ -70,7 +70,10 @@ def _about(results: Results) -> Table:
         ("trained on", f"{corpus['train_files']:,} files, {corpus['train_bytes']:,} bytes"),
         ("held out", f"{corpus['held_out_files']:,} files, {corpus['held_out_bytes']:,} bytes"),
         ("model", f"{' + '.join(model['layers'])}, width {model['embed_dim']}, {model['parameters']:,} parameters"),
-        ("arithmetic", f"{model['dtype']}; gated delta rule on backend {model['backend']}"),
+        (
+            "arithmetic",
+            model["dtype"] + (f"; gated delta rule on backend {model['backend']}" if model["backend"] else ""),
+        ),
     ]
     training = results.training
     if training.curve_bytes:
@@ -141,7 +144,7 @@ def _comparison(results: Results) -> Table:
     comparison = results.comparison
     softmax = {p.context: p for p in comparison.softmax}
     rows = []
-    for d in comparison.delta:
+    for d in comparison.memory:
         s = softmax.get(d.context)
         rows.append(
             (
@@ -155,7 +158,7 @@ def _comparison(results: Results) -> Table:
     head = ("context", "read/s Δ", "softmax", "write/s Δ", "softmax", "peak MiB Δ", "softmax", "kept MiB Δ", "softmax")
     note = (
         "Δ: the model; softmax: the same model with full attention and a key/value cache in place of every "
-        "GatedDeltaNet. Batch 1; bytes per second; peak: beyond the model, while reading. Softmax reads in one piece, "
+        "memory layer. Batch 1; bytes per second; peak: beyond the model, while reading. Softmax reads in one piece, "
         "its fastest form, and writes with a preallocated cache filled with random numbers."
     )
     if comparison.stopped:

@@ -21,7 +21,7 @@ from memattn.demo import data, report, stream, train
 from memattn.demo.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from memattn.demo.interrupt import Stopped, StopRequest
 from memattn.demo.model import ByteModel
-from memattn.demo.options import SMOKE, Plan, UsageError, parse
+from memattn.demo.options import SMOKE, Plan, UsageError, model_config, parse
 from memattn.demo.results import Results, describe_machine
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -66,7 +66,8 @@ class _Run:
         self.options, self.device = options, torch.device(options.device)
         plan = SMOKE if options.smoke else Plan()
         seconds = plan.training.seconds if options.seconds is None else options.seconds
-        self.plan = replace(plan, training=replace(plan.training, seconds=seconds))
+        model = model_config(options, plan.model)
+        self.plan = replace(plan, model=model, training=replace(plan.training, seconds=seconds))
         torch.manual_seed(options.seed)
         before = load_checkpoint(options.resume) if options.resume else None
         self.text = data.load_corpus(
@@ -128,9 +129,16 @@ class _Run:
             **model.config.to_dict(),
             "parameters": model.parameter_count(),
             "dtype": str(self.options.dtype).removeprefix("torch."),
-            "backend": delta_rule_backend(self.device, self.options.dtype),
+            "backend": self._delta_rule_backend(),
         }
         self.results.training = self.trainer.progress
+
+    def _delta_rule_backend(self) -> str | None:
+        """Which backend serves the model's gated delta rule, if it has one."""
+        if not {"gdn", "deltanet"} & set(self.model.config.layers):
+            return None
+        request = backends.Request(self.device.type, self.options.dtype, features=frozenset({"backward"}))
+        return backends.choose("gated_delta_rule", request)
 
     def _save(self) -> None:
         optimizer = train.optimizer_tensors(self.trainer.optimizers)
@@ -200,7 +208,7 @@ class _Run:
 
             def on_point(so_far: comparing.Comparison) -> None:
                 self.results.comparison = so_far
-                bar.set_postfix_str(f"context {so_far.delta[-1].context:,}", refresh=False)
+                bar.set_postfix_str(f"context {so_far.memory[-1].context:,}", refresh=False)
                 bar.update()
 
             comparing.compare(self._reader(), softmax, self.text.held_out, config, stop, on_point)
@@ -213,9 +221,3 @@ class _Run:
         print(f"\nReport: {out / report.FILES[0]}, {out / report.FILES[1]}. Checkpoint: {out / CHECKPOINT}")
         if results.stopped:
             print(f"Stopped while {results.stopped}. Go on: python -m memattn demo --resume {out / CHECKPOINT}")
-
-
-def delta_rule_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which backend serves the model's gated delta rule."""
-    request = backends.Request(device.type, dtype, features=frozenset({"backward"}))
-    return backends.choose("gated_delta_rule", request)

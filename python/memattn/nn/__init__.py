@@ -1,36 +1,53 @@
 """Memories as torch.nn modules: parameters, projections and state. The arithmetic is in `memattn.ops`."""
 
+from memattn.nn.associative_memory import AssociativeRecurrentMemory
+from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
+from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
+from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
 from memattn.nn.transformer_xl import TransformerXL
+from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
+    "AssociativeRecurrentMemory",
+    "BlockRecurrentAttention",
     "DeltaNet",
     "DeltaRuleState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HiddenMemory",
+    "HierarchicalMemory",
     "HybridStack",
+    "InfiniAttention",
+    "InfiniAttentionState",
     "KVCache",
+    "Lizard",
+    "LizardState",
     "Memformer",
     "MemoryTokensState",
+    "RAT",
+    "RATPlus",
     "RecurrentMemory",
     "SlidingWindowAttention",
     "StackState",
     "SummaryTokens",
     "TransformerXL",
     "WindowCache",
+    "WorkingMemory",
     "memory_replay",
 ]

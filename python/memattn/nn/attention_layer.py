@@ -12,7 +12,7 @@ from memattn.nn.gated_rms_norm import GatedRMSNorm
 from memattn.nn.kv_cache import JoinedRows, NewRows, TokenCache
 from memattn.nn.padding import PaddedRows
 from memattn.nn.rotary import rotary
-from memattn.ops.attention import attention
+from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
 
 
@@ -152,7 +152,7 @@ class CachedAttention(AttentionLayer):
         if state is None:
             o = attention(q, k, v, log_decay=log_decay, cu_seqlens_q=cu_seqlens, backend=self.backend, **self._mask()).o
         else:
-            o = self._over_cache(q, k, v, c, state, new)
+            o = self._over_cache(q, k, v, c, state, new).o
         y = self._readout(o, x)
         if padded is not None:
             y = padded.restore(y)
@@ -160,7 +160,9 @@ class CachedAttention(AttentionLayer):
             return y
         return y, before.extended(k, v, c, new=new)
 
-    def _over_cache(self, q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, state: TokenCache, new: NewRows) -> Tensor:
+    def _over_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, state: TokenCache, new: NewRows
+    ) -> AttentionOutput:
         """Attention of the new tokens to the cached and to each other, every row a packed sequence."""
         joined = JoinedRows(state, new)
         log_decay = None
@@ -169,7 +171,7 @@ class CachedAttention(AttentionLayer):
             steps = torch.nn.functional.pad(sums.diff(dim=1), (0, 0, 1, 0))
             dtype = torch.promote_types(q.dtype, torch.float32)
             log_decay = torch.where(joined.inner[None, :, None], steps, 0.0).to(dtype)
-        o = attention(
+        o, lse = attention(
             q.reshape(1, -1, *q.shape[2:]),
             joined.gather(cast("Any", state).k, k),
             joined.gather(cast("Any", state).v, v),
@@ -179,8 +181,8 @@ class CachedAttention(AttentionLayer):
             q_offset="end",
             backend=self.backend,
             **self._mask(),
-        ).o
-        return o.view(*q.shape[:2], *o.shape[2:])
+        )
+        return AttentionOutput(o.view(*q.shape[:2], *o.shape[2:]), lse.view(q.shape[:3]))
 
     def step(self, x: Tensor, state: Any, *, state_indices: Tensor | None = None) -> tuple[Tensor, Any]:
         """One or a few tokens per sequence, for generation: changes `state` and returns it. Without gradients.

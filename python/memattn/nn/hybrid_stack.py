@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn.delta_net import DeltaNet
+from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
+from memattn.nn.lizard import Lizard
 from memattn.nn.padding import check_mask
 from memattn.nn.residual_block import ResidualBlock
+from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.state import MemoryState
 
 LayerFactory = Callable[..., nn.Module]
@@ -21,7 +24,10 @@ LayerFactory = Callable[..., nn.Module]
 # Short names in specs such as "gdn:3,attn:1". Each is called with (embed_dim, num_heads, device=…, dtype=…, **options).
 LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
-    "delta": DeltaNet,
+    "deltanet": DeltaNet,
+    "lizard": Lizard,
+    "swa": SlidingWindowAttention,
+    "fox": ForgettingAttention,
 }
 
 

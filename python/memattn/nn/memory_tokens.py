@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from memattn.nn.padding import valid_runs
 from memattn.ops import _checks as check
@@ -57,6 +58,10 @@ class MemoryTokens(nn.Module):
     def _updated(self, memory: Tensor, written: Tensor) -> Tensor:
         """The memory [N, R, D] after outputs [N, m, D] at the queries."""
         raise NotImplementedError
+
+    def _next_segment(self, inner: Any, rows: Tensor) -> Any:
+        """The backbone's state where these rows begin a segment."""
+        return inner.reset(rows)
 
     def _empty_memory(self, batch: int) -> Tensor:
         """Zeros [batch, R, D] in the parameters' dtype, on their device."""
@@ -157,7 +162,7 @@ class MemoryTokens(nn.Module):
         _, y, written = z.split([prefix.shape[1], part.shape[1], queries.shape[1]], 1)
         memory = torch.where(full[:, None, None], self._updated(state.memory, written), state.memory)
         position = torch.where(full, 0, state.position + used)
-        return y, MemoryTokensState(memory, state.closed + full, position, inner.reset(full))
+        return y, MemoryTokensState(memory, state.closed + full, position, self._next_segment(inner, full))
 
     def _read_even(self, x: Tensor, state: MemoryTokensState | None) -> tuple[Tensor, MemoryTokensState]:
         """For a backbone without a state: every row at the start of a segment, all of one length."""
@@ -208,13 +213,13 @@ class MemoryTokens(nn.Module):
             state.memory.copy_(torch.where(full[:, None, None], memory, state.memory))
             state.closed.add_(full)
             state.position.masked_fill_(full, 0)
-            state.backbone.copy_(state.backbone.reset(full))
+            _put(state, self._next_segment(state.backbone, full))
         return y
 
     def _feed(self, rows: Tensor, mask: Tensor, state: MemoryTokensState) -> Tensor:
         """The backbone reads the rows that count and goes on from there, in place."""
         z, after = self.backbone(rows, state.backbone, attention_mask=mask, return_state=True)
-        state.backbone.copy_(after)
+        _put(state, after)
         return z
 
     def _refuse(self, x: Tensor, state: MemoryTokensState | None, masked: bool, return_state: bool) -> None:
@@ -239,6 +244,15 @@ def _picked(x: Tensor, index: Tensor, keep: Tensor) -> Tensor:
     """x[b, index[b, i]] [N, n, D] where keep, else 0."""
     index = index.clamp(0, max(x.shape[1] - 1, 0))[..., None].expand(-1, -1, x.shape[2])
     return torch.where(keep[..., None], x.gather(1, index), x.new_zeros(()))
+
+
+def _put(state: MemoryTokensState, after: MemoryState) -> None:
+    """The backbone's state becomes `after`: in the same tensors, unless a cache has grown."""
+    sizes = [[leaf.shape for leaf in pytree.tree_leaves(s) if leaf is not None] for s in (state.backbone, after)]
+    if sizes[0] == sizes[1]:
+        state.backbone.copy_(after)
+    else:
+        state.backbone = after
 
 
 def _some(rows: Tensor) -> bool:

@@ -8,11 +8,14 @@ from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
+from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
 
 __all__ = [
     "AttentionOutput",
+    "RATState",
     "attention",
     "attention_decode",
     "causal_conv1d",
@@ -26,6 +29,10 @@ __all__ = [
     "linear_attention_step",
     "memory_recall",
     "merge_states",
+    "rat_attention",
+    "rat_attention_step",
+    "segment_memory",
+    "segment_memory_step",
     "slot_gate",
     "slot_write",
 ]

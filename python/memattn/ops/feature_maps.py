@@ -1,7 +1,7 @@
 """Feature maps of linear attention: positive features φ(x), so that φ(q)·φ(k) stands in for exp(q·k).
 
-Plain torch: elementwise work and one small product, which compilers fuse well. Computed in float32 (float64 for float64
-x) and rounded once to x's dtype.
+Plain torch: elementwise work and at most one small product, which compilers fuse well. Computed in float32 (float64
+for float64 x) and rounded once to x's dtype.
 """
 
 from __future__ import annotations
@@ -51,8 +51,28 @@ def hedgehog(x: Tensor, weight: Tensor, *, activation: str = "softmax") -> Tenso
     check.dtype(op, "weight", weight, (x.dtype, wide), f" with {check.dtype_name(x.dtype)} x")
     check.device(op, "weight", weight, x, "x")
     check.choice(op, "activation", activation, ACTIVATIONS)
-    with torch.autocast(x.device.type, enabled=False):
-        scores = torch.matmul(x.to(wide).unsqueeze(-2), weight.to(wide)).squeeze(-2)
+    if x.device.type == "meta":  # which autocast does not know
+        scores = x.new_empty(*x.shape[:3], weight.shape[-1], dtype=wide)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bthk,hkf->bthf", x.to(wide), weight.to(wide).expand(heads, -1, -1))
     halves = (scores, -scores)
     features = [F.softmax(s, -1) if activation == "softmax" else s.exp() for s in halves]
     return torch.cat(features, -1).to(x.dtype)
+
+
+def dpfp(x: Tensor, nu: int = 3) -> Tensor:
+    """φ(x) = u ⊙ roll(u, 1) ⊕ … ⊕ u ⊙ roll(u, ν) with u = [relu(x) ⊕ relu(−x)], 2νK features ≥ 0, no parameters.
+
+    x [..., K] in float32, bfloat16, float16 or float64; roll(u, j) moves feature i to i + j. Returns [..., 2νK] in x's
+    dtype. Deterministic parameter-free projection (Schlag et al. 2021, arXiv 2102.11174, section 5.3); ARMT uses ν = 3
+    (arXiv 2407.04841). Raises ValueError for nu outside 1..2K − 1, where a roll would repeat.
+    """
+    op = "dpfp"
+    check.tensor(op, "x", x)
+    check.dtype(op, "x", x, check.FLOATS)
+    if isinstance(nu, bool) or not isinstance(nu, int) or not 1 <= nu < 2 * x.shape[-1]:
+        raise ValueError(f"{op}: nu is {nu!r}; allowed: 1..{2 * x.shape[-1] - 1}")
+    wide = x.to(accumulate_dtype(x.dtype))
+    u = torch.cat((wide.relu(), (-wide).relu()), -1)
+    return torch.cat([u * u.roll(j, -1) for j in range(1, nu + 1)], -1).to(x.dtype)

@@ -11,6 +11,8 @@ memory_recall(q', M, scale=d**-0.5): one row is projected instead of N, and the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def memory_recall(
     """
     _check(q, memory_keys, memory_values, lengths, scale)
     dtype, scale = accumulate_dtype(q.dtype), q.shape[3] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         keys = memory_keys.to(dtype).transpose(1, 2)
         values = keys if memory_values is None else memory_values.to(dtype).transpose(1, 2)
         s = (q.to(dtype).transpose(1, 2) * scale) @ keys.mT  # [B, H, Q, N]

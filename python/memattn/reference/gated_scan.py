@@ -127,7 +127,7 @@ def _shift(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, (0, 0, rows, -rows))
 
 
-def _scan(g: Tensor, written: Tensor, age: Tensor) -> Tensor:
+def scan(g: Tensor, written: Tensor, age: Tensor) -> Tensor:
     """y_t = e^{g_t} y_{t−1} + written_t; age [B,T]: tokens since y was last zero, 0 where it is zero before t."""
     batch, length, channels = g.shape
     blocks, pad = -(-length // BLOCK), -length % BLOCK
@@ -173,7 +173,7 @@ def chunked(
             first = layout.begin.clamp(max=batch * length - 1)
             entered = torch.where(some, g.flatten(0, 1)[first].exp() * state, 0)
             written = written.flatten(0, 1).index_add(0, first, entered).view_as(g)
-        exact = _scan(g, written, age).flatten(0, 1)
+        exact = scan(g, written, age).flatten(0, 1)
         y = exact.to(x.dtype)
         ys.append(y.view_as(g))
         if emit != "all":
