@@ -157,6 +157,20 @@ def test_lengths_pages_and_rings_that_are_wrong_reach_nothing(cuda, device):
             op(*arguments)
 
 
+def test_cuda_offsets_beyond_32_bits(cuda, device):
+    """One page, the last of more than 2^31 values, is seen: the others cost no memory on the host."""
+    pages = 2**23 + 2
+    try:
+        k, v = (torch.empty(pages, 16, 1, 16, device=device) for _ in range(2))
+    except RuntimeError as error:
+        pytest.skip(f"no memory: {error}")
+    k[-1], v[-1] = 0.0, torch.arange(16.0, device=device)[:, None, None]
+    table = torch.tensor([[pages - 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([16], device=device)
+    o, lse = cuda(torch.ones(1, 1, 1, 16, device=device), k, v, cache_seqlens=lengths, page_table=table)
+    assert (o == 7.5).all() and torch.allclose(lse.cpu(), torch.tensor(16.0).log())
+
+
 # --- the C++ kernel --------------------------------------------------------------------------------------------------
 
 

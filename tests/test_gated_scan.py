@@ -277,10 +277,10 @@ LONG = replace(BASE, length=700, dim=12, decay=0.3)
 CHAINS = (
     LONG,
     replace(LONG, name="chain, plain", form="plain", tiles=None),
-    replace(LONG, name="chains in chunks", chunk_size=300, emit="both"),
-    replace(LONG, name="packed chains", lengths=(150, 0, 1, 300, 128, 3, 0, 257)),
+    replace(LONG, name="chains in chunks", chunk_size=256, emit="both"),
+    replace(LONG, name="packed chains", lengths=(150, 0, 1, 300, 128, 256, 3, 0, 257)),
     replace(
-        LONG, name="packed chains in chunks", lengths=(150, 0, 1, 300, 128, 3, 0, 257), chunk_size=200, emit="both"
+        LONG, name="packed chains in chunks", lengths=(150, 0, 1, 300, 128, 256, 3, 0, 257), chunk_size=200, emit="both"
     ),
     replace(LONG, name="vectors", batch=1, length=150, dim=1032, tiles=2),
     replace(LONG, name="vectors in chunks", batch=1, length=40, dim=1032, tiles=2, chunk_size=16, emit="both"),
@@ -319,6 +319,19 @@ def test_bits_do_not_depend_on_the_batch_or_on_vectors(cuda, device):
 
     for alone, beside_others in zip(results(slice(1, 2)), results(slice(0, 3)), strict=True):
         assert torch.equal(alone, beside_others[1:2])
+
+
+def test_cuda_offsets_beyond_32_bits(cuda, device):
+    rows = 2**31 // 4096 + 2
+    try:
+        pool = torch.empty(rows, 4096, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no memory: {error}")
+    pool[-1] = 2.0
+    g = torch.zeros(1, 1, 4096, device=device)
+    rows = torch.tensor([rows - 1], device=device)
+    y = gated_scan_step(g, g + 1, pool, form="plain", state_indices=rows, backend=cuda)
+    assert (y == 3).all() and (pool[-1] == 3).all()
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace memattn {
 
@@ -18,12 +19,35 @@ __device__ __forceinline__ void load(float (&to)[kCount], const T* from) {
   for (int i = 0; i < kCount; ++i) to[i] = static_cast<float>(pack.values[i]);
 }
 
+// What one store instruction moves. A plain assignment of as much was compiled to a store per number.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using Type = unsigned;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// To device memory.
 template <int kCount, typename T>
 __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.values[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+  typename Word<sizeof(pack)>::Type word;
+  memcpy(&word, &pack, sizeof(word));
+  __stwb(reinterpret_cast<typename Word<sizeof(pack)>::Type*>(to), word);
 }
 
 template <int kCount>

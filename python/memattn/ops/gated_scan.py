@@ -11,6 +11,9 @@ Backward, with y recomputed and r_{t+1} = 0 where token t+1 starts a chunk or a 
 
     r_t = dy_t + e^{g_{t+1}} r_{t+1}          dx_t = w_t r_t          dinitial_state = e^{g_1} r_1
     dg_t = Σ_payloads e^{g_t} r_t ⊙ (y_{t−1} − x_t) ("ema")  or  e^{g_t} r_t ⊙ y_{t−1} ("plain")
+
+Bound by bytes: with payloads of s bytes the floor is 4 + 2s per number (g and x in, y out), backward 8 + 3s (g, x, dy
+in, dg, dx out). The CUDA kernels move each byte once in chunks of up to 128 tokens; longer runs read g, x, dy twice.
 """
 
 from __future__ import annotations

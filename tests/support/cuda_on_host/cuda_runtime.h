@@ -35,6 +35,12 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -184,6 +190,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline void __syncthreads() { cuda_on_host::block->wait(false); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return cuda_on_host::block->exchange(value, threadIdx.x ^ static_cast<unsigned>(mask));
+}
+template <typename Word>
+void __stwb(Word* to, Word word) {
+  *to = word;
 }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
