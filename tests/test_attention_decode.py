@@ -179,9 +179,11 @@ def test_cuda_offsets_beyond_32_bits(cuda, device):
     "relation",
     [batch_invariance, paged_equals_contiguous, ring_equals_contiguous, queries_together_equal_one_by_one],
 )
-def test_bits_do_not_depend_on_company_or_layout(relation, dtype, backend, device):
+def test_bits_do_not_depend_on_company_or_layout(relation, dtype, backend, device, full):
     if backend == "chunked":
         pytest.skip("plain torch promises no bits")
+    if backend == "cuda" and device == "cpu" and dtype == torch.float32 and not full:
+        pytest.skip("on the host one dtype shows the order of sums; both run with --full")
 
     def rounded(**inputs):
         inputs = {n: x.to(dtype) if n in ("q", "k_cache", "v_cache") else x for n, x in inputs.items()}

@@ -20,6 +20,7 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -176,6 +177,10 @@ inline Block* block = nullptr;
 
 template <typename Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
+    throw std::runtime_error("cuda_on_host: no such grid: " + std::to_string(config->gridDim.x) + " blocks of " +
+                             std::to_string(config->blockDim.x));
+  }
   cuda_on_host::Block block(config->blockDim.x);
   cuda_on_host::block = &block;
   gridDim = config->gridDim;
