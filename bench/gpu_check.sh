@@ -10,7 +10,7 @@
 #   configs    every pinned kernel configuration of this GPU's architecture against float64
 #   sanitizer  compute-sanitizer (memcheck, synccheck, racecheck) on small cases
 #   repeat     the same call many times, alone and beside other work: the same bits
-#   graph      CUDA-graph capture and replay of the steps and the forward
+#   graph      CUDA-graph capture and replay of the steps, the scan, decode attention and the forward
 #   bench      compiles of a fresh process and host cost of a call, then the registry: bench/run.py --device cuda
 #
 # PYTHON=python3            needs torch with CUDA, triton and pytest; nothing is installed
@@ -23,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 BUDGET=570 # seconds for everything; a stage gets its limit or what is left
-declare -A LIMIT=([build]=150 [tests]=150 [configs]=90 [sanitizer]=90 [repeat]=40 [graph]=40 [bench]=180)
+declare -A LIMIT=([build]=150 [tests]=150 [configs]=90 [sanitizer]=120 [repeat]=40 [graph]=40 [bench]=180)
 ALL=(build tests configs sanitizer repeat graph bench)
 STAGES=("${ALL[@]}")
 DRY=

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import host_cuda
 from support.decode import (
     CASES,
     CHECKS,
@@ -43,9 +44,11 @@ needs_cpu_kernels = pytest.mark.skipif(NO_KERNELS != [], reason="; ".join(NO_KER
 cpu = functools.partial(attention_decode, backend="cpu")
 
 
-@pytest.fixture(params=["cpu", "chunked"])
-def backend(request, device):
-    """Each backend that can run here."""
+@pytest.fixture(params=["cpu", "cuda", "chunked"])
+def backend(request, device, monkeypatch):
+    """Each backend that can run here; on the CPU cuda is compiled for the host."""
+    if request.param == "cuda":
+        host_cuda.ready(monkeypatch, device, "attention_decode", "attention_decode")
     if reasons := backends.why_not(
         "attention_decode", request.param, backends.Request(device, torch.float32), explicit=True
     ):
@@ -66,6 +69,8 @@ def test_within_tolerance_of_truth(c, backend, device):
 
 @pytest.mark.parametrize("c", [c for c in CASES if c.capacity < 500], ids=lambda c: c.name)
 def test_float64(c, backend, device):
+    if backend == "cuda":
+        pytest.skip("cuda has no float64")
     truth = truth_of(c, torch.float64)
     actual = finite(attention_decode(**c.make(torch.float64, device), backend=backend)._asdict(), truth)
     for name, expected in finite(truth, truth).items():
@@ -112,20 +117,79 @@ def test_nan_in_a_key_reaches_the_rows_that_see_it(backend, device):
     assert torch.equal(lse.isnan(), touched) and torch.equal(o.isnan().all(-1), touched)
 
 
+# --- the CUDA kernel -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch, device):
+    host_cuda.ready(monkeypatch, device, "attention_decode", "attention_decode")
+    return functools.partial(attention_decode, backend="cuda")
+
+
+def test_more_splits_than_threads_merge(cuda, device):
+    c = case("splits", heads=1, key_heads=1, lengths=(33500,), capacity=34000)
+    judge(c, torch.float32, cuda(**c.make(device=device))._asdict())
+
+
+def test_misaligned_cache_gives_the_same_bits(cuda, device):
+    """A cache that begins 4 bytes beside a 16-byte boundary is read number by number."""
+    inputs = case("beside", key_dim=32, value_dim=32).make(device=device)
+    k = inputs["k_cache"]
+    beside = torch.empty(k.numel() + 1, device=device)[1:].view(k.shape).copy_(k)
+    assert_equal_results(cuda(**{**inputs, "k_cache": beside}), cuda(**inputs), "misaligned", tolerance=0.0)
+
+
+def test_lengths_pages_and_rings_that_are_wrong_reach_nothing(cuda, device):
+    """The op below the public function bounds what is a value."""
+    inputs = case("wrong", lengths=(5, 6), capacity=8).make(device=device)
+    q, k, v, n = (inputs[name] for name in ("q", "k_cache", "v_cache", "cache_seqlens"))
+    table, rest = torch.zeros(2, 3, dtype=torch.int32, device=device), (-1, 1, 0, 0, 0, 0, 0, 0, False, 0.25)
+    op = resolve("attention_decode_cuda")
+    beyond, lse = op(q, k, v, n + 100, table + 7, None, None, None, *rest)
+    assert not beyond.any() and (lse == -torch.inf).all()
+    op(q, k, v, n + 100, None, None, None, None, *rest)
+    for arguments, message in (
+        ((q, k[:1], v, n, None, None, None, None, *rest), "k_cache must be float32"),
+        ((q, k, v, n, table[:1], None, None, None, *rest), "page_table must be int32"),
+        ((q, k, v, n, None, None, None, None, 8, *rest[1:]), "ring_start must be below the capacity 8; got 8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+def test_cuda_offsets_beyond_32_bits(cuda, device):
+    """One page, the last of more than 2^31 values, is seen: the others cost no memory on the host."""
+    pages = 2**23 + 2
+    try:
+        k, v = (torch.empty(pages, 16, 1, 16, device=device) for _ in range(2))
+    except RuntimeError as error:
+        pytest.skip(f"no memory: {error}")
+    k[-1], v[-1] = 0.0, torch.arange(16.0, device=device)[:, None, None]
+    table = torch.tensor([[pages - 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([16], device=device)
+    o, lse = cuda(torch.ones(1, 1, 1, 16, device=device), k, v, cache_seqlens=lengths, page_table=table)
+    assert (o == 7.5).all() and torch.allclose(lse.cpu(), torch.tensor(16.0).log())
+
+
 # --- the C++ kernel --------------------------------------------------------------------------------------------------
 
 
-@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "relation",
     [batch_invariance, paged_equals_contiguous, ring_equals_contiguous, queries_together_equal_one_by_one],
 )
-def test_bits_do_not_depend_on_company_or_layout(relation, dtype):
-    def rounded(**inputs):
-        return cpu(**{n: x.to(dtype) if n in ("q", "k_cache", "v_cache") else x for n, x in inputs.items()})
+def test_bits_do_not_depend_on_company_or_layout(relation, dtype, backend, device, full):
+    if backend == "chunked":
+        pytest.skip("plain torch promises no bits")
+    if backend == "cuda" and device == "cpu" and dtype == torch.float32 and not full:
+        pytest.skip("on the host one dtype shows the order of sums; both run with --full")
 
-    relation(rounded, tolerance=0.0)
+    def rounded(**inputs):
+        inputs = {n: x.to(dtype) if n in ("q", "k_cache", "v_cache") else x for n, x in inputs.items()}
+        return attention_decode(**inputs, backend=backend)
+
+    relation(rounded, device, tolerance=0.0)
 
 
 @needs_cpu_kernels
@@ -258,7 +322,7 @@ BAD = {
     "head map": (dict(head_map="mqa"), ValueError, "head_map is 'mqa'; allowed: 'gqa', 'tile'"),
     "scale": (dict(scale=0.0), ValueError, "scale is 0.0; expected a finite number > 0 or None"),
     "gradient": (dict(q=x(2, 1, 4, 16).requires_grad_()), RuntimeError, "an input requires grad; the step is for inference only, use attention"),
-    "backend": (dict(backend="triton"), memattn.BackendError, "attention_decode has no triton kernel; it has: cpu, chunked"),
+    "backend": (dict(backend="triton"), memattn.BackendError, "attention_decode has no triton kernel; it has: cuda, cpu, chunked"),
 }  # fmt: skip
 
 

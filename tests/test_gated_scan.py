@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import host_cuda
 from support.compare import CEILING, assert_close_to_truth, evaluate, to_float64
 from support.scan import BASE, BUGS, CASES, CHECKS, PACKED, PACKED_RAT, RAT, assert_near, flat, planted, run_all
 
@@ -28,10 +29,12 @@ needs_cpu_kernels = pytest.mark.skipif(NO_KERNELS != [], reason="; ".join(NO_KER
 NAMES = ("g", "x", "x2", "initial_state", "initial_state2", "cu_seqlens")
 
 
-@pytest.fixture(params=["cpu", "triton", "chunked"])
-def backend(request, device):
-    """Each backend that can run here; triton on the CPU only in its interpreter."""
+@pytest.fixture(params=["cpu", "cuda", "triton", "chunked"])
+def backend(request, device, monkeypatch):
+    """Each backend that can run here; on the CPU triton only in its interpreter, cuda compiled for the host."""
     name = request.param
+    if name == "cuda":
+        host_cuda.ready(monkeypatch, device, "gated_scan", "gated_scan")
     need = backends.Request(device, torch.float32, features=frozenset({"backward", "packed"}))
     if reasons := backends.why_not("gated_scan", name, need, explicit=True):
         pytest.skip(f"{name}: {'; '.join(reasons)}")
@@ -49,6 +52,11 @@ def skip_what_interpreting_takes_too_long(backend, device, case, full, chosen=CA
     if backend == "triton" and device == "cpu" and not full:
         if case.length > 100 or case.dim > 100 or case not in chosen:
             pytest.skip("many tokens or programs for the interpreter: runs with --full")
+
+
+def skip_without_float64(backend, device):
+    if backend == "cuda" or (device != "cpu" and backend != "chunked"):
+        pytest.skip(f"{backend} has no float64 on {device}")
 
 
 # One each of what the interpreter can show: values, layout, states, resets, masks. The others run with --full.
@@ -114,8 +122,7 @@ def test_planted_bug_is_caught(bug):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_float64(case, backend, device, full):
     skip_what_interpreting_takes_too_long(backend, device, case, full, (RAT, PACKED_RAT))
-    if device != "cpu" and backend != "chunked":
-        pytest.skip(f"{backend} has no float64 on {device}")
+    skip_without_float64(backend, device)
     actual = evaluate(on(backend), case.make(torch.float64, device))
     for name, expected in truth_of(case, torch.float64).items():
         torch.testing.assert_close(actual[name], expected, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
@@ -131,8 +138,7 @@ def test_float64(case, backend, device, full):
     ids=["chunks", "packed plain", "whole"],
 )
 def test_gradcheck(case, backend, device):
-    if device != "cpu" and backend != "chunked":
-        pytest.skip(f"{backend} has no float64 on {device}")
+    skip_without_float64(backend, device)
     inputs = case.make(torch.float64, device, grad=True)
     with torch.no_grad():
         inputs["g"] -= 1e-3  # a finite difference must not step above 0
@@ -265,11 +271,76 @@ def test_offsets_beyond_32_bits():
     assert (y == 3).all() and (pool[-1] == 3).all()
 
 
+# --- the CUDA kernels ------------------------------------------------------------------------------------------------
+
+LONG = replace(BASE, length=700, dim=12, decay=0.3)
+CHAINS = (
+    LONG,
+    replace(LONG, name="chain, plain", form="plain", tiles=None),
+    replace(LONG, name="chains in chunks", chunk_size=256, emit="both"),
+    replace(LONG, name="packed chains", lengths=(150, 0, 1, 300, 128, 256, 3, 0, 257)),
+    replace(
+        LONG, name="packed chains in chunks", lengths=(150, 0, 1, 300, 128, 256, 3, 0, 257), chunk_size=200, emit="both"
+    ),
+    replace(LONG, name="vectors", batch=1, length=150, dim=1032, tiles=2),
+    replace(LONG, name="vectors in chunks", batch=1, length=40, dim=1032, tiles=2, chunk_size=16, emit="both"),
+    replace(LONG, name="vectors of the backward only", batch=1, length=20, dim=1026, tiles=1),
+)
+
+
+@pytest.fixture
+def cuda(monkeypatch, device):
+    host_cuda.ready(monkeypatch, device, "gated_scan", "gated_scan", "gated_scan_step")
+    return "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CHAINS, ids=lambda c: c.name)
+def test_chains_of_segments_and_vectors(case, dtype, cuda, device):
+    truth = evaluate(flat(reference.chunked), to_float64(case.make(dtype)))
+    assert_near(evaluate(on(cuda), case.make(dtype, device)), truth, case.name, tolerance=CEILING[dtype])
+
+
+def test_bits_do_not_depend_on_the_batch_or_on_vectors(cuda, device):
+    """Nor does what a misaligned tensor is read by."""
+    inputs = replace(LONG, batch=3, length=300, dim=1032, tiles=2).make(device=device)
+    whole = evaluate(on(cuda), inputs)
+
+    def beside(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    for name, x in evaluate(on(cuda), {**inputs, "g": beside(inputs["g"]), "x": beside(inputs["x"])}).items():
+        assert torch.equal(x, whole[name]), name
+
+    def results(rows):
+        given = {n: x[rows].requires_grad_() if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+        ends = on(cuda)(**given, output_final_state=True)
+        return *ends, *torch.autograd.grad(ends, [given[n] for n in NAMES[:5]], [y.detach() for y in ends])
+
+    for alone, beside_others in zip(results(slice(1, 2)), results(slice(0, 3)), strict=True):
+        assert torch.equal(alone, beside_others[1:2])
+
+
+def test_cuda_offsets_beyond_32_bits(cuda, device):
+    rows = 2**31 // 4096 + 2
+    try:
+        pool = torch.empty(rows, 4096, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no memory: {error}")
+    pool[-1] = 2.0
+    g = torch.zeros(1, 1, 4096, device=device)
+    rows = torch.tensor([rows - 1], device=device)
+    y = gated_scan_step(g, g + 1, pool, form="plain", state_indices=rows, backend=cuda)
+    assert (y == 3).all() and (pool[-1] == 3).all()
+
+
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["cpu", "cuda", "chunked"])
-def step_backend(request, device):
+def step_backend(request, device, monkeypatch):
+    if request.param == "cuda":
+        host_cuda.ready(monkeypatch, device, "gated_scan", "gated_scan_step")
     if reasons := backends.why_not("gated_scan_step", request.param, backends.Request(device, torch.float32)):
         pytest.skip(f"{request.param}: {'; '.join(reasons)}")
     return request.param
@@ -280,8 +351,8 @@ def step_backend(request, device):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_steps_equal_the_forward(step_backend, device, dtype, form, tokens):
     """Decoding chunk by chunk, each restarted by the step that begins it, against the parallel form."""
-    if device != "cpu" and dtype == torch.float64:
-        pytest.skip("no float64 step on a GPU")
+    if dtype == torch.float64:
+        skip_without_float64(step_backend, device)
     inputs = replace(RAT, length=24, chunk_size=8, dim=150, form=form, emit="all").make(dtype, device)
     truth, final = flat(reference.loop)(**to_float64(inputs), output_final_state=True)
     pools = [inputs["initial_state"].clone(), inputs["initial_state2"].clone()]
@@ -494,7 +565,7 @@ def test_named_backend_that_cannot_serve_lists_every_reason():
         gated_scan(G, (X, X), backend="cuda")
     text = str(caught.value)
     assert "received: g float32 [2, 9, 8] on cpu, xs[0] float32 [2, 9, 8] on cpu" in text
-    assert "cuda: gated_scan" in text
+    assert "cuda: tensors are on cpu, supported: cuda" in text
 
 
 @needs_cpu_kernels

@@ -24,6 +24,7 @@ from support.cases import BASE, Case
 from support.compare import CEILING, assert_close_to_truth, evaluate, to_float64
 from torch import Tensor
 
+from bench.gpu.calls import CALLS, CAPTURED
 from bench.gpu.recorder import record
 from memattn import _native, backends, ops
 from memattn.reference import gated_delta_rule as reference
@@ -135,6 +136,9 @@ def repeat(device: str, times: int = 100) -> Report:
         one = evaluate(ops.gated_delta_rule, alone, grad=False)
         batch = {n: x[:1] for n, x in evaluate(ops.gated_delta_rule, inputs, grad=False).items()}
         yield f"a row alone and in its batch {name}", first_difference(one, batch)
+        for words, call in CALLS.items():
+            given = call.make(dtype, device, size=16 if device == "cuda" else 2)
+            yield f"{words} {name}", same_bits(functools.partial(call.run, given), device, times)
 
 
 # --- graph -----------------------------------------------------------------------------------------------------------
@@ -166,7 +170,7 @@ def replayed(call: Callable[..., Any], given: dict[str, Any], other: dict[str, A
 
 
 def graph(device: str) -> Report:
-    """Both steps and the forward, with padding rows and with packed sequences."""
+    """All steps and the forward, with padding rows and with packed sequences."""
     case = replace(BASE, batch=4, length=1, key_dim=128, value_dim=128)
 
     def step_inputs(seed: int, rows: list[int]) -> dict[str, Any]:
@@ -192,6 +196,9 @@ def graph(device: str) -> Report:
         return {"x": x.bfloat16(), "weight": weight, "bias": None, "state": state, "activation": "silu"}
 
     yield "convolution step", replayed(ops.causal_conv1d_step, conv_inputs(0), conv_inputs(1))
+    for words, call in CAPTURED.items():
+        drawn = (call.make(torch.bfloat16, device, seed, size=4) for seed in (0, 1))
+        yield words, replayed(call.op, *drawn)
 
 
 # --- small cases, and what is loaded ---------------------------------------------------------------------------------
@@ -210,6 +217,9 @@ def small(device: str) -> Report:
     x, weight = torch.randn(2, 70, 33, device=device), torch.randn(33, 4, device=device)
     x.requires_grad_()
     yield "convolution", outcome(lambda: ops.causal_conv1d(x, weight, activation="silu")[0].sum().backward())
+    for words, call in CALLS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"{words} {dtype}", outcome(functools.partial(call.run, call.make(dtype, device)))
     state = torch.randn(2, 33, 3, device=device)
     yield "convolution step", outcome(lambda: ops.causal_conv1d_step(x.detach()[:, :2], weight, None, state))
 

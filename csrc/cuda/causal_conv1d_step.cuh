@@ -10,7 +10,7 @@
 // No torch API: tests compile this file with g++ and run it on the host.
 #pragma once
 
-#include <cstdint>
+#include "device.cuh"
 
 namespace memattn::conv_step {
 
@@ -31,8 +31,7 @@ struct Arguments {
   Parameter<T> weight;       // [D, W]
   Parameter<T> bias;         // [D]
   float* state;              // [P, D, W-1]
-  const int32_t* indices32;  // [B] rows of the pool, or null
-  const int64_t* indices64;  // [B] or null; both null: row b uses state b
+  Indices indices;           // [B] rows of the pool, or absent: row b uses state b
   T* y;                      // [B, t, D]
   int64_t pool, channels;
   int tokens, column_blocks;  // column_blocks = ceil(D / kThreads)
@@ -50,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_step_kernel(const Argu
   const T* x = a.x + row * a.tokens * a.channels + channel;
   T* y = a.y + row * a.tokens * a.channels + channel;
 
-  const int64_t slot = a.indices32 ? a.indices32[row] : a.indices64 ? a.indices64[row] : row;
-  if (slot < 0 || slot >= a.pool) {  // padding, or an index that must not be followed; uniform over the block
+  const int64_t slot = a.indices.pool_row(row, a.pool);
+  if (slot < 0) {  // uniform over the block
     for (int t = 0; inside && t < a.tokens; ++t, y += a.channels) *y = static_cast<T>(0.f);
     return;
   }

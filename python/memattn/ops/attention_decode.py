@@ -5,7 +5,7 @@
 
 The same attention and masks M(i) as `memattn.ops.attention` (see there for the terms and their sources), on keys that
 lie in a contiguous, paged (Kwon et al. 2023, arXiv 2309.06180) or ring cache. The keys of a row are divided among
-threads and their parts merged by their log-sum-exp (split-KV, Dao et al. 2023, "Flash-Decoding").
+threads or blocks and their parts merged by their log-sum-exp (split-KV, Dao et al. 2023, "Flash-Decoding").
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ def _fake(q, k_cache, v_cache, *rest):
     return o, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
-define(f"{OP}_cpu", SCHEMA, _fake)
+for _name in ("cpu", "cuda"):
+    define(f"{OP}_{_name}", SCHEMA, _fake)
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(OP, "cuda", Limits(("cuda",), _16_32, backends.needs_native("_C_cuda")))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(OP, "chunked", Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always))
 
 _PASSED = check.Passed()
-_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu",)}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ Backward, with y recomputed and r_{t+1} = 0 where token t+1 starts a chunk or a 
 
     r_t = dy_t + e^{g_{t+1}} r_{t+1}          dx_t = w_t r_t          dinitial_state = e^{g_1} r_1
     dg_t = Σ_payloads e^{g_t} r_t ⊙ (y_{t−1} − x_t) ("ema")  or  e^{g_t} r_t ⊙ y_{t−1} ("plain")
+
+Bound by bytes: with payloads of s bytes the floor is 4 + 2s per number (g and x in, y out), backward 8 + 3s (g, x, dy
+in, dg, dx out). The CUDA kernels move each byte once in chunks of up to 128 tokens; longer runs read g, x, dy twice.
 """
 
 from __future__ import annotations
@@ -112,20 +115,25 @@ define_differentiable(f"{OP}_cpu", FAMILY)
 define_differentiable(f"{OP}_triton", FAMILY)
 implement(f"{OP}_triton", _triton_forward)
 implement(f"{OP}_triton_backward", _triton_backward)
-define(f"{STEP}_cpu", STEP_SCHEMA, lambda g, x, *rest: x.new_empty(g.shape))
+define_differentiable(f"{OP}_cuda", FAMILY)
+for _name in ("cpu", "cuda"):
+    define(f"{STEP}_{_name}", STEP_SCHEMA, lambda g, x, *rest: x.new_empty(g.shape))
 
 _TRAINING = frozenset({"backward", "packed"})
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+_CUDA = backends.needs_native("_C_cuda")
+backends.register(OP, "cuda", Limits(("cuda",), _16_32, _CUDA, None, _TRAINING))
 backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, None, _TRAINING))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), None, _TRAINING))
 backends.register(OP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, None, _TRAINING))
+backends.register(STEP, "cuda", Limits(("cuda",), _16_32, _CUDA, None))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), None))
 backends.register(STEP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, None))
 
 _PASSED = check.Passed()
-_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
-_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu",)}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "cuda", "triton")}
+_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ define_differentiable(f"{OP}_triton", FAMILY)
 implement(f"{OP}_triton", _triton_forward)
 implement(f"{OP}_triton_backward", _triton_backward)
 define(f"{STEP}_cpu", STEP_SCHEMA, _step_fake)
+define(f"{STEP}_cuda", STEP_SCHEMA, _step_fake)
 
 _TRAINING = frozenset({"backward", "packed"})
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,12 +139,13 @@ _ANYWHERE = ("cpu", "cuda", "mps", "xpu")
 backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_TRAINING))
 backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_TRAINING))
+backends.register(STEP, "cuda", Limits(("cuda",), _16_32, backends.needs_native("_C_cuda")))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C")))
 backends.register(STEP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always))
 
 _PASSED = check.Passed()
 _OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
-_STEP = resolve(f"{STEP}_cpu")
+_STEPS = {name: resolve(f"{STEP}_{name}") for name in ("cpu", "cuda")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------
@@ -309,5 +311,5 @@ def linear_attention_step(
             return _plain(rows, q.dtype, normalize, return_unnormalized)
     g = None if g is None else g.expand(v.shape[:3])
     indices = None if state_indices is None else state_indices.contiguous()
-    o, denominator = _STEP(*check.contiguous(q, k, v, g), state, indices, scale, normaliser, normalize)
+    o, denominator = _STEPS[name](*check.contiguous(q, k, v, g), state, indices, scale, normaliser, normalize)
     return Unnormalised(o, denominator) if return_unnormalized else o
