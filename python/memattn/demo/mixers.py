@@ -16,7 +16,7 @@ PLAIN = ("local", "full")
 NAMES = (*LAYERS, *PLAIN)
 STACKED = (*LAYERS, "local")  # what --stack may name: full attention cannot carry a text from batch to batch
 # The argument by which a layer takes the model's window, where it has one.
-_WINDOW_OF = {"lizard": "window", "swa": "window"}
+_WINDOW_OF = {"infini": "segment_size", "lizard": "window", "swa": "window"}
 
 
 class LastTokens(MemoryState):
