@@ -9,7 +9,6 @@ from memattn.nn import BlockRecurrentAttention
 
 EMBED, WINDOW = 32, 6
 LACKS = Lacks(
-    packed="where windows of packed sequences start would have to be known to the host",
     pool="a step changes whole memories; pick rows with reorder",
 )
 
@@ -139,6 +138,10 @@ def test_initialisation_is_the_published_one():
 def test_refusals():
     for settings, message in (
         (dict(embed_dim=30, num_heads=4), "embed_dim 30 is no multiple of num_heads 4"),
+        (dict(num_heads=0), "num_heads is 0; expected at least 1"),
+        (dict(num_heads=4), "embed_dim / num_heads is 8; allowed: 16..256"),
+        (dict(window=0), "window is 0; expected at least 1"),
+        (dict(num_states=0), "num_states is 0; expected at least 1"),
         (dict(gate="gru"), "gate is 'gru'; allowed: 'bias', 'full', 'lstm'"),
         (dict(embed_dim=51, num_heads=3), "head dimension 17 is odd; rotary positions need pairs"),
     ):

@@ -12,7 +12,6 @@ from memattn.nn import HierarchicalMemory
 EMBED, SEGMENT = 24, 6
 LACKS = Lacks(
     step="the representation pass looks ahead in the segment, so no token can be answered alone",
-    packed="where segments of packed sequences start would have to be known to the host",
     pool="no step",
     split="a segment is pushed when it is read, also a short one",
 )
@@ -117,6 +116,7 @@ def test_refusals():
         (dict(representation=0.0), r"representation is 0.0; expected a share of the segment in \(0, 1\]"),
         (dict(segment_len=0), "segment_len is 0; expected at least 1"),
         (dict(memory_size=0), "memory_size is 0; expected at least 1"),
+        (dict(recall_dim=0), "recall_dim is 0; expected at least 1"),
         (dict(sensory=-1), "sensory is -1; expected at least 0"),
     ):
         with pytest.raises(ValueError, match=f"HierarchicalMemory: {message}"):

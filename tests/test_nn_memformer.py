@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from memattn.nn import Memformer, memory_replay
 
 EMBED, SEGMENT = 32, 8
-PACKED = "where segments of packed sequences start would have to be known to the host"
 POOL = "a step changes whole memories; pick rows with reorder"
-LACKS = Lacks(packed=PACKED, pool=POOL)
+LACKS = Lacks(pool=POOL)
 SUBJECTS = {
     "plain": Subject(lambda **kw: Memformer(EMBED, 2, num_slots=5, segment_len=SEGMENT, **kw), EMBED, SEGMENT, LACKS),
 }
@@ -234,6 +233,12 @@ def test_replay_refuses_what_is_no_loss():
 def test_refusals():
     with pytest.raises(ValueError, match="Memformer: embed_dim 30 is no multiple of num_heads 4"):
         Memformer(30, 4, num_slots=2, segment_len=4)
+    sizes = {"num_heads": 2, "num_slots": 2, "segment_len": 4}
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"Memformer: {name} is 0; expected at least 1"):
+            Memformer(EMBED, **{**sizes, name: 0})
+    with pytest.raises(ValueError, match=r"Memformer: tau is 0.0; expected a finite number > 0"):
+        Memformer(EMBED, **sizes, tau=0.0)
     layer = copy.deepcopy(layers.fresh(SUBJECTS["plain"]))
-    with pytest.raises(ValueError, match="Memformer: state has 2 rows; expected x's batch size 3"):
+    with pytest.raises(ValueError, match="Memformer: state has 2 rows; expected 3, one per sequence of x"):
         layer(torch.zeros(3, 1, EMBED), layer.init_state(2))

@@ -137,6 +137,8 @@ def test_bfloat16_state_is_rounded_where_the_cache_is():
 
 @pytest.mark.parametrize("make,message", [
     (lambda: RAT(50, 4), "RAT: embed_dim 50 is no multiple of num_heads 4; give head_dim"),
+    (lambda: RAT(64, 0), "RAT: num_heads is 0; expected at least 1"),
+    (lambda: RATPlus(64, 4, num_groups=0), "RATPlus: num_groups is 0; expected at least 1"),
     (lambda: RAT(64, 4, num_groups=3), "RAT: num_groups is 3; expected a divisor of num_heads 4"),
     (lambda: RAT(64, 8), "RAT: head_dim is 8; allowed: 16..256, even with rope_base"),
     (lambda: RAT(68, 4), "RAT: head_dim is 17; allowed: 16..256, even with rope_base"),

@@ -161,6 +161,7 @@ def test_extra_repr():
         (lambda: SlidingWindowAttention(50, 3, window=4), "embed_dim 50 is no multiple of num_heads 3; give head_dim"),
         (lambda: SlidingWindowAttention(48, 3, window=0), "window is 0; expected at least 1"),
         (lambda: SlidingWindowAttention(48, 3, window=4, num_sinks=-1), "num_sinks is -1; expected at least 0"),
+        (lambda: SlidingWindowAttention(48, 0, window=4), "num_heads is 0; expected at least 1"),
         (lambda: SlidingWindowAttention(48, 3, window=4, num_kv_heads=2), "num_kv_heads is 2; expected a divisor of"),
         (lambda: SlidingWindowAttention(48, 6, window=4), "head_dim is 8; allowed: 16..256"),
         (lambda: SlidingWindowAttention(51, 3, window=4), "head_dim is 17; rotary positions need an even one"),

@@ -11,7 +11,6 @@ from memattn.nn import WorkingMemory
 EMBED, SEGMENT = 32, 6
 LACKS = Lacks(
     step="a segment is written before it is read, so no token can be answered alone",
-    packed="where segments of packed sequences start would have to be known to the host",
     pool="no step",
     split="a segment is written when it is read, also a short one",
 )
@@ -109,7 +108,9 @@ def test_initialisation_is_the_released_one():
 def test_refusals():
     for settings, message in (
         (dict(num_slots=0), "num_slots is 0; expected at least 1"),
+        (dict(num_heads=0), "num_heads is 0; expected at least 1"),
+        (dict(num_mlp_layers=0), "num_mlp_layers is 0; expected at least 1"),
         (dict(num_blocks=0), "num_blocks is 0; expected at least 1"),
     ):
         with pytest.raises(ValueError, match=f"WorkingMemory: {message}"):
-            WorkingMemory(32, 2, **{"num_slots": 2, "segment_len": 4, **settings})
+            WorkingMemory(32, **{"num_heads": 2, "num_slots": 2, "segment_len": 4, **settings})

@@ -60,7 +60,7 @@ BUGS = {
     "queue of one more": ("HierarchicalMemory", "(state.count + 1).clamp(max=self.memory_size)", "state.count + 1", "published"),
     "first tokens kept": ("HierarchicalMemory", "(lengths - kept)[:, None] + place", "0 * (lengths - kept)[:, None] + place", "published"),
     "prompt recalled from the empty queue": ("HierarchicalMemory", "torch.where((state.count == 0)", "torch.where((state.count < 0)", "published"),
-    "embedding from the last token": ("HierarchicalMemory", "summary = _rows(hidden, place[:, -1:])", "summary = _rows(hidden, place[:, -2:-1])", "published"),
+    "embedding from the last token": ("HierarchicalMemory", "summary = rows_at(hidden, place[:, -1:])", "summary = rows_at(hidden, place[:, -2:-1])", "published"),
 }  # fmt: skip
 FAILURES = (AssertionError, AttributeError, RuntimeError, ValueError)
 REPLAY = {

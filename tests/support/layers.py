@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from memattn.nn.hybrid_stack import StackState
+from memattn.nn.segment_recurrence import SlotMemory
 from support.compare import relative_error
 
 REFUSALS = (AttributeError, NotImplementedError, TypeError, ValueError)
@@ -212,6 +214,19 @@ def the_state_matters(layer: Any, x: Tensor, subject: Subject) -> None:
     with torch.no_grad():
         assert relative_error(layer(x, warm(layer, 3, subject)), layer(x)) > 1e-3
         close(layer(x, empty(layer, 3, subject)), layer(x), subject.tolerance, "the empty state is None:")
+
+
+def no_sequence_is_no_error(layer: Any, x: Tensor, subject: Subject) -> None:
+    for mask in (None, torch.ones(0, x.shape[1], dtype=torch.bool)):
+        if mask is None or subject.lacks.padding is None:
+            y, state = layer(x[:0], return_state=True, **({} if mask is None else {"attention_mask": mask}))
+            assert y.shape == x[:0].shape and state.batch == 0
+    if subject.lacks.packed is None:
+        y, state = layer(x[:1, :0], cu_seqlens=rows(0, 0, 0), return_state=True)
+        assert y.shape == x[:1, :0].shape and state.batch == 2
+    if subject.lacks.step is None:
+        with torch.no_grad():
+            assert layer.step(x[:0, :1], empty(layer, 0, subject))[0].shape == x[:0, :1].shape
 
 
 def no_token_changes_nothing(layer: Any, x: Tensor, subject: Subject) -> None:
@@ -431,8 +446,9 @@ def bfloat16_is_near_float64(layer: Any, x: Tensor, subject: Subject) -> None:
         y, state = layer(x, return_state=True)
         y = layer(x, state) + y + layer(x, empty(layer, 3, subject))
         if subject.lacks.step is None:
-            with torch.no_grad():
-                layer.step(x[:, :1], empty(layer, 3, subject))
+            with torch.no_grad():  # where autocast casts the state and where it does not
+                for start in (state.detach().clone(), empty(layer, 3, subject)):
+                    assert layer.step(x[:, :1], start)[0].dtype == subject.autocast_dtype
     assert y.dtype == subject.autocast_dtype
     y.float().square().sum().backward()
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in layer.parameters())
@@ -502,9 +518,19 @@ def wrong_inputs_are_refused_by_name(layer: Any, x: Tensor, subject: Subject) ->
             layer(x, attention_mask=mask)
     with pytest.raises(ValueError, match="shape|batch|rows"):
         layer(x, warm(layer, 2, subject))
+    other = SlotMemory(x.new_zeros(3, 1), rows(0, 0, 0)) if name != "WorkingMemory" else StackState()
+    with pytest.raises(TypeError, match=rf"is {type(other).__name__}; expected \w+"):
+        layer(x, other)
     if subject.lacks.step is None:
         with pytest.raises(ValueError, match=shape):
             layer.step(x[0], empty(layer, 3, subject))
+        for wrong in (other, None):
+            with pytest.raises(TypeError, match=rf"{name}: state is {type(wrong).__name__}; expected \w+, as of"):
+                layer.step(x[:, :1], wrong)
+        with pytest.raises(ValueError, match=f"{name}: state has 2 rows; expected 3, one per sequence of x"):
+            layer.step(x[:, :1], warm(layer, 2, subject))
+        with pytest.raises(ValueError, match=f"{name}.step: x has 0 tokens; expected at least 1"):
+            layer.step(x[:, :0], warm(layer, 3, subject))
         with pytest.raises(RuntimeError, match="no_grad|inference"):
             layer.step(x[:, :1], empty(layer, 3, subject))
 
@@ -520,6 +546,7 @@ CHECKS: dict[str, Callable[[Any, Tensor, Subject], None]] = {
         prefill_then_step_equals_one_call,
         step_takes_several_tokens,
         the_state_matters,
+        no_sequence_is_no_error,
         no_token_changes_nothing,
         later_tokens_do_not_reach_back,
         padded_rows_equal_their_runs_alone,

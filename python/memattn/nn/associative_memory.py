@@ -171,7 +171,7 @@ class AssociativeRecurrentMemory(MemoryTokens):
     no token see them.
 
     layers: one module or a sequence from input to output, each a layer of memattn.nn or a module with its calls
-    (init_state, step, attention_mask, return_state), such as HybridStack(embed_dim, heads, "attn") for a block with
+    (init_state, step, attention_mask, return_state), such as HybridStack(embed_dim, heads, "rat") for a block with
     residuals and MLP. They start afresh at every segment. An open segment writes nothing until it is full.
 
     bptt_depth: gradients join the last so many segments of a call; None: all of them, and the state given.
@@ -201,7 +201,10 @@ class AssociativeRecurrentMemory(MemoryTokens):
                 f"{name}: layers has {', '.join(stateless) or 'no layer'}; allowed: layers with init_state, step and "
                 "return_state, as those of memattn.nn"
             )
-        for what, value in (("num_memory_tokens", num_memory_tokens), ("memory_heads", memory_heads)):
+        for what, value in (
+            ("num_memory_tokens", num_memory_tokens), ("memory_heads", memory_heads), ("memory_dim", memory_dim),
+            ("nu", nu),
+        ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name}: {what} is {value}; allowed: ≥ 1")
         if memory_dim % memory_heads or embed_dim % memory_heads:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.inputs import check_sizes, check_state, check_step, check_tokens
 from memattn.nn.kv_cache import JoinedRows, NewRows, TokenCache
 from memattn.nn.padding import PaddedRows
 from memattn.nn.rotary import rotary
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
+from memattn.state import MemoryState
 
 
 class AttentionLayer(nn.Module):
@@ -38,6 +40,7 @@ class AttentionLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(self, num_heads=num_heads)
         name = type(self).__name__
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"{name}: embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim")
@@ -45,7 +48,9 @@ class AttentionLayer(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
-            raise ValueError(f"{name}: num_kv_heads is {num_kv_heads}; expected a divisor of num_heads {num_heads}")
+            raise ValueError(
+                f"{name}: num_kv_heads is {self.num_kv_heads}; expected a divisor of num_heads {num_heads}"
+            )
         if not 16 <= self.head_dim <= 256:
             raise ValueError(f"{name}: head_dim is {self.head_dim}; allowed: 16..256")
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -75,15 +80,9 @@ class AttentionLayer(nn.Module):
         """o [B, T, HQ, D] -> y [B, T, embed_dim]; x is the layer's input."""
         return self.out_proj(o.flatten(-2))
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
-            )
-
     def _padded(self, x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> PaddedRows | None:
         """The rows of x under a mask; checks x and that not both ways of telling lengths are used."""
-        self._check(x)
+        check_tokens(self, x)
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens are both given; allowed: one")
         return None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
@@ -100,6 +99,8 @@ class CachedAttention(AttentionLayer):
 
     rope_base: rotary position code by the token's position in its sequence (keys are cached turned); None: no code.
     """
+
+    state_type: type[MemoryState]
 
     def __init__(self, embed_dim: int, num_heads: int, *, rope_base: float | None = 10000.0, **settings: Any) -> None:
         super().__init__(embed_dim, num_heads, **settings)
@@ -140,8 +141,8 @@ class CachedAttention(AttentionLayer):
         if padded is not None:
             x = padded.align(x)
         new = NewRows(x, None if padded is None else padded.length, cu_seqlens)
-        if state is not None and state.batch != len(new.count):
-            raise ValueError(f"{type(self).__name__}: state has a batch of {state.batch}; expected {len(new.count)}")
+        if state is not None:
+            check_state(self, state, self.state_type, len(new.count))
         q, k, v = self._heads(x)
         log_decay = self._log_decay(x)
         if self.rope_base is not None:
@@ -190,7 +191,7 @@ class CachedAttention(AttentionLayer):
         x [B, t, embed_dim], t ≥ 1. state_indices [B]: the state row of each batch row, distinct; −1 is padding, its
         output is 0 and nothing is written. None: row b belongs to batch row b.
         """
-        self._check(x)
+        check_step(self, x, state, self.state_type, state_indices)
         tokens = [x] if self._steps_together(x.shape[1], state) else x.split(1, 1)
         outputs = [self._step(token, state, state_indices) for token in tokens]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state

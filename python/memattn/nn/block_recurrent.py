@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memattn.nn.inputs import check_sizes
 from memattn.nn.segment_recurrence import SegmentRecurrence, SlotMemory, head_dim_of
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.merge_states import merge_states
@@ -68,6 +69,7 @@ class BlockRecurrentAttention(SegmentRecurrence):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(self, num_heads=num_heads, window=window, num_states=num_states)
         name = type(self).__name__
         self.head_dim = head_dim_of(name, embed_dim, num_heads)
         if gate not in GATES:

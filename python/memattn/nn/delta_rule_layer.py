@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.inputs import check_sizes, check_state, check_step, check_tokens
 from memattn.nn.padding import PaddedRows
 from memattn.nn.short_conv import ShortConv
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -51,6 +52,7 @@ class DeltaRuleLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(self, num_heads=num_heads)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"{type(self).__name__}: embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim"
@@ -107,7 +109,9 @@ class DeltaRuleLayer(nn.Module):
         cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state has N rows.
         Returns y [B, T, embed_dim], or (y, new state) with return_state.
         """
-        self._check(x)
+        check_tokens(self, x)
+        if state is not None:
+            check_state(self, state, DeltaRuleState, None)  # the op checks its rows
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens are both given; allowed: one")
         rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
@@ -155,7 +159,7 @@ class DeltaRuleLayer(nn.Module):
         x [B, t, embed_dim], t ≥ 1. state_indices [B]: the state row of each batch row, distinct; −1 is padding, its
         output is 0 and nothing is written. None: row b belongs to batch row b.
         """
-        self._check(x)
+        check_step(self, x, state, DeltaRuleState, state_indices)
         qkv = self.conv.step(self.qkv_proj(x), state.conv, state_indices=state_indices, backend=self.backend)
         g, beta = self._gates(x)
         o = gated_delta_rule_step(
@@ -191,12 +195,6 @@ class DeltaRuleLayer(nn.Module):
     def _readout(self, o: Tensor, x: Tensor) -> Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x).view_as(o)
         return self.out_proj(self.norm(o, gate).flatten(-2))
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
-            )
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -31,6 +31,8 @@ class ForgettingAttention(CachedAttention):
     >>> layer = ForgettingAttention(256, num_heads=4)
     """
 
+    state_type = KVCache
+
     def __init__(
         self,
         embed_dim: int,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.padding import PaddedRows
+from memattn.nn.inputs import check_sizes, check_state, check_tokens
+from memattn.nn.padding import rows_at, valid_runs
 from memattn.nn.segment_recurrence import choose
 from memattn.ops.memory_recall import memory_recall
 from memattn.state import MemoryState
@@ -76,17 +77,14 @@ class HierarchicalMemory(nn.Module):
         name = type(self).__name__
         if not 0 < representation <= 1:
             raise ValueError(f"{name}: representation is {representation}; expected a share of the segment in (0, 1]")
-        for label, size, least in (
-            ("segment_len", segment_len, 1),
-            ("memory_size", memory_size, 1),
-            ("sensory", sensory, 0),
-        ):
-            if size < least:
-                raise ValueError(f"{name}: {label} is {size}; expected at least {least}")
+        recall_dim = embed_dim if recall_dim is None else recall_dim
+        check_sizes(self, segment_len=segment_len, memory_size=memory_size, recall_dim=recall_dim)
+        if sensory < 0:
+            raise ValueError(f"{name}: sensory is {sensory}; expected at least 0")
         self.backbone = backbone
         self.embed_dim, self.segment_len, self.memory_size = embed_dim, segment_len, memory_size
         self.sensory, self.representation = sensory, representation
-        self.recall_dim = recall_dim or embed_dim
+        self.recall_dim = recall_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.recall_query_proj = nn.Linear(embed_dim, self.recall_dim, bias=False, **factory)
         self.recall_key_proj = nn.Linear(embed_dim, self.recall_dim, bias=False, **factory)
@@ -120,6 +118,7 @@ class HierarchicalMemory(nn.Module):
         state: HierarchicalState | None = None,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, HierarchicalState]:
         """Segments of up to segment_len tokens one after the other.
@@ -127,12 +126,14 @@ class HierarchicalMemory(nn.Module):
         x [B, T, embed_dim], input embeddings. state: where each sequence starts, None for empty; it is not changed.
         attention_mask [B, T] bool or integer: one contiguous run of valid (nonzero) tokens per row, cut into segments
         from its own start. The others reach nothing, their output is 0; a row without tokens keeps its state.
+        cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state has N rows.
         Returns y [B, T, embed_dim], the backbone's outputs, or (y, new state) with return_state.
         """
-        self._check(x, state)
-        rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
+        check_tokens(self, x)
+        rows = valid_runs(type(self).__name__, x, attention_mask, cu_seqlens)
         x = x if rows is None else rows.align(x)
         state = self.init_state(x.shape[0]) if state is None else state
+        check_state(self, state, HierarchicalState, x.shape[0])
         outputs = []
         for start in range(0, x.shape[1], self.segment_len):
             segment = x[:, start : start + self.segment_len]
@@ -153,8 +154,8 @@ class HierarchicalMemory(nn.Module):
         counts = (one, state.kept, lengths, one)
         embeddings, mask, place = _joined((prompt, state.sensory.to(x.dtype), x, prompt), counts)
         hidden = self.backbone(embeddings, mask)
-        y = _rows(hidden, place[:, 1 + self.sensory : -1])
-        summary = _rows(hidden, place[:, -1:]).to(state.memory.dtype)
+        y = rows_at(hidden, place[:, 1 + self.sensory : -1])
+        summary = rows_at(hidden, place[:, -1:]).to(state.memory.dtype)
         memory = torch.cat([summary, state.memory[:, :-1]], 1)
         return y, HierarchicalState(memory, (state.count + 1).clamp(max=self.memory_size), *self._kept(x, lengths))
 
@@ -164,7 +165,7 @@ class HierarchicalMemory(nn.Module):
         token = self.summary_token.to(x.dtype).expand(x.shape[0], 1, -1)
         one = torch.ones_like(lengths)
         embeddings, mask, place = _joined((token, first, token), (one, lengths.clamp(max=first.shape[1]), one))
-        return _rows(self.backbone(embeddings, mask), place[:, -1:])
+        return rows_at(self.backbone(embeddings, mask), place[:, -1:])
 
     def _recalled(self, q: Tensor, state: HierarchicalState) -> Tensor:
         """p [B, 1, D]."""
@@ -179,24 +180,13 @@ class HierarchicalMemory(nn.Module):
         kept = lengths.clamp(max=self.sensory)
         place = torch.arange(self.sensory, device=x.device)
         source = ((lengths - kept)[:, None] + place).clamp(max=x.shape[1] - 1)
-        return torch.where((place < kept[:, None])[..., None], _rows(x, source), 0.0), kept
-
-    def _check(self, x: Tensor, state: HierarchicalState | None) -> None:
-        name = type(self).__name__
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"{name}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}")
-        if state is not None and state.batch != x.shape[0]:
-            raise ValueError(f"{name}: state has {state.batch} rows; expected x's batch size {x.shape[0]}")
+        return torch.where((place < kept[:, None])[..., None], rows_at(x, source), 0.0), kept
 
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, segment_len={self.segment_len}, memory_size={self.memory_size}, "
             f"sensory={self.sensory}, representation={self.representation}, recall_dim={self.recall_dim}"
         )
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _joined(parts: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,4 +200,4 @@ def _joined(parts: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> tuple[Tens
     order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
     place = order.argsort(dim=1)
     mask = valid.gather(1, order)
-    return torch.where(mask[..., None], _rows(torch.cat(parts, 1), order), 0.0), mask, place
+    return torch.where(mask[..., None], rows_at(torch.cat(parts, 1), order), 0.0), mask, place

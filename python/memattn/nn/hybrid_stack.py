@@ -14,6 +14,7 @@ from memattn.nn.delta_net import DeltaNet
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.infini_attention import InfiniAttention
+from memattn.nn.inputs import check_state, check_step, check_tokens
 from memattn.nn.lizard import Lizard
 from memattn.nn.padding import check_mask
 from memattn.nn.rat import RAT, RATPlus
@@ -23,7 +24,7 @@ from memattn.state import MemoryState
 
 LayerFactory = Callable[..., nn.Module]
 
-# Short names in specs such as "gdn:3,attn:1". Each is called with (embed_dim, num_heads, device=…, dtype=…, **options).
+# Short names in specs such as "gdn:3,rat:1". Each is called with (embed_dim, num_heads, device=…, dtype=…, **options).
 LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
@@ -37,7 +38,7 @@ LAYERS: dict[str, LayerFactory] = {
 
 
 def parse_spec(spec: str, names: Sequence[str] = tuple(LAYERS)) -> list[str]:
-    """ "gdn:3,attn:1" -> ["gdn", "gdn", "gdn", "attn"]; a name without a number stands once. Raises ValueError."""
+    """ "gdn:3,rat:1" -> ["gdn", "gdn", "gdn", "rat"]; a name without a number stands once. Raises ValueError."""
     result: list[str] = []
     for part in spec.split(","):
         name, colon, count = part.strip().partition(":")
@@ -66,7 +67,7 @@ class StackState(MemoryState):
 class HybridStack(nn.Module):
     """Pre-norm residual blocks, x ← x + layer(norm(x)), x ← x + mlp(norm(x)), with layers of several kinds.
 
-    layers: a spec "gdn:3,attn:1" (names of `LAYERS`, counts; the order is the stack's), or a sequence of callables,
+    layers: a spec "gdn:3,rat:1" (names of `LAYERS`, counts; the order is the stack's), or a sequence of callables,
     each called as layer(embed_dim, num_heads, device=…, dtype=…). The pattern is repeated up to `depth` blocks, once
     when None. options: keyword arguments for the layers of a name, {"swa": {"window": 64}}.
 
@@ -136,14 +137,14 @@ class HybridStack(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, StackState]:
         """All tokens at once, for training and prefill; arguments and results as in every layer of memattn.nn."""
-        self._check(x)
+        check_tokens(self, x)
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens are both given; allowed: one")
         how = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
         how = {name: value for name, value in how.items() if value is not None}
+        if state is not None:
+            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         states: Sequence[Any] = (None,) * len(self.blocks) if state is None else state.layers
-        if len(states) != len(self.blocks):
-            raise ValueError(self._wrong_depth(states))
         if attention_mask is not None:
             check_mask(attention_mask, x)
             x = _zero_outside(attention_mask, x)
@@ -159,9 +160,8 @@ class HybridStack(nn.Module):
 
         state_indices [B] as in each layer's own step, where all have it.
         """
-        self._check(x)
-        if len(state.layers) != len(self.blocks):
-            raise ValueError(self._wrong_depth(state.layers))
+        check_step(self, x, state, StackState, state_indices)
+        self._check_state(state, None)
         how = {} if state_indices is None else {"state_indices": state_indices}
         for block, part in zip(self._blocks(), state.layers, strict=True):
             x, _ = block.step(x, part, **how)
@@ -172,14 +172,11 @@ class HybridStack(nn.Module):
     def _blocks(self) -> list[ResidualBlock]:
         return cast("list[ResidualBlock]", list(self.blocks))
 
-    def _wrong_depth(self, states: Sequence[Any]) -> str:
-        return f"{type(self).__name__}: state has {len(states)} layers; expected {len(self.blocks)}, one per block"
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
-            )
+    def _check_state(self, state: StackState, batch: int | None) -> None:
+        check_state(self, state, StackState, batch)
+        if len(state.layers) != len(self.blocks):
+            name, received, expected = type(self).__name__, len(state.layers), len(self.blocks)
+            raise ValueError(f"{name}: state has {received} layers; expected {expected}, one per block")
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}" if self.layer_spec is None else f"{self.embed_dim}, layers={self.layer_spec!r}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memattn.nn.gated_memory_attention import GatedMemoryAttention
+from memattn.nn.inputs import check_state, check_step
 from memattn.nn.kv_cache import JoinedRows, NewRows, WindowCache
 from memattn.nn.rotary import rotary
 from memattn.ops.attention import attention
@@ -122,8 +123,8 @@ class InfiniAttention(GatedMemoryAttention):
         if padded is not None:
             x = padded.align(x)
         new = NewRows(x, None if padded is None else padded.length, cu_seqlens)
-        if state is not None and state.batch != len(new.count):
-            raise ValueError(f"{type(self).__name__}: state has a batch of {state.batch}; expected {len(new.count)}")
+        if state is not None:
+            check_state(self, state, InfiniAttentionState, len(new.count))
         q, k, v = self._heads(x)
         before = self.init_state(len(new.count)) if state is None else state
         turned_q, turned_k = self._turned(q, k, new.positions(before.segment.length))
@@ -229,9 +230,7 @@ class InfiniAttention(GatedMemoryAttention):
 
         x [B, t, embed_dim], t ≥ 1.
         """
-        self._check(x)
-        if state.batch != x.shape[0]:
-            raise ValueError(f"{type(self).__name__}: state has a batch of {state.batch}; expected {x.shape[0]}")
+        check_step(self, x, state, InfiniAttentionState)
         return torch.cat([self._step(token, state) for token in x.split(1, 1)], 1), state
 
     def _step(self, x: Tensor, state: InfiniAttentionState) -> Tensor:

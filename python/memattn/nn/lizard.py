@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.nn.attention_layer import CachedAttention
+from memattn.nn.inputs import check_state
 from memattn.nn.kv_cache import NewRows, WindowCache
 from memattn.ops import _checks as check
 from memattn.ops.attention import AttentionOutput, attention
@@ -53,6 +54,8 @@ class Lizard(CachedAttention):
 
     >>> layer = Lizard(256, num_heads=4)
     """
+
+    state_type = LizardState
 
     def __init__(
         self,
@@ -148,6 +151,8 @@ class Lizard(CachedAttention):
         padded = self._padded(x, attention_mask, cu_seqlens)
         x = x if padded is None else padded.align(x)
         new = NewRows(x, None if padded is None else padded.length, cu_seqlens)
+        if state is not None:
+            check_state(self, state, LizardState, len(new.count))
         q, k, v = self._heads(x)
         g, features = self._log_gate(x), self._features(q, k, v)
         if padded is not None:  # padding neither decays nor writes

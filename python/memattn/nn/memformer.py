@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.nn.inputs import check_sizes
 from memattn.nn.segment_recurrence import SegmentRecurrence, SlotMemory, head_dim_of
 from memattn.ops.attention import attention
 from memattn.ops.slot_gate import slot_gate
@@ -46,6 +48,9 @@ class Memformer(SegmentRecurrence):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(self, num_heads=num_heads, num_slots=num_slots, segment_len=segment_len)
+        if not 0 < tau < math.inf:
+            raise ValueError(f"{type(self).__name__}: tau is {tau}; expected a finite number > 0")
         self.head_dim = head_dim_of(type(self).__name__, embed_dim, num_heads)
         self.embed_dim, self.num_heads, self.num_slots = embed_dim, num_heads, num_slots
         self.segment_len, self.tau, self.backend, self.feature_dim = segment_len, tau, backend, 3 * embed_dim

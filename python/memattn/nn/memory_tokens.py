@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memattn.nn.inputs import check_state, check_step, check_tokens
 from memattn.nn.padding import valid_runs
 from memattn.ops import _checks as check
 from memattn.state import MemoryState
@@ -108,11 +109,11 @@ class MemoryTokens(nn.Module):
         the other outputs are 0. cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state
         has N rows. Returns y [B, T, embed_dim], or (y, new state) with return_state.
         """
-        self._check(x)
+        check_tokens(self, x)
         rows = valid_runs(type(self).__name__, x, attention_mask, cu_seqlens)
         x = x if rows is None else rows.align(x)
-        if state is not None and state.batch != x.shape[0]:
-            raise ValueError(f"{type(self).__name__}: state has batch {state.batch}; expected {x.shape[0]} like x")
+        if state is not None:
+            check_state(self, state, MemoryTokensState, x.shape[0])
         if self.stateful:
             y, after = self._read(x, state, None if rows is None else rows.length)
         else:
@@ -189,12 +190,10 @@ class MemoryTokens(nn.Module):
         x [B, t, embed_dim], t ≥ 1. Eager calls on the CPU read prefix and queries only when a row begins or ends a
         segment; elsewhere they are read, masked, at every token, since looking would wait for the device.
         """
-        self._check(x)
         name = type(self).__name__
         if not self.stateful:
             raise NotImplementedError(f"{name}: {type(self.backbone).__name__} has no state, so there is no step")
-        if state.batch != x.shape[0]:
-            raise ValueError(f"{name}: state has batch {state.batch}; expected {x.shape[0]} like x")
+        check_step(self, x, state, MemoryTokensState)
         check.inference_only(name, "forward", x, *self.parameters())
         return torch.cat([self._step(token, state) for token in x.split(1, 1)], 1), state
 
@@ -231,12 +230,6 @@ class MemoryTokens(nn.Module):
             raise NotImplementedError(
                 f"{name}: {x.shape[1]} tokens leave a segment open and {backbone} has no state to carry it; allowed "
                 f"with return_state: multiples of segment_size {self.segment_size}"
-            )
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
             )
 
 

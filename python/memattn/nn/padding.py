@@ -78,6 +78,11 @@ class PackedRows:
         return y.flatten(0, 1).index_select(0, self._target)[None]
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, F] at rows index [B, t] -> [B, t, F]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
 def check_mask(mask: Tensor, x: Tensor) -> None:
     """attention_mask [B, T] for x [B, T, D]: bool or integer, one contiguous run of nonzero per row."""
     check.tensor("attention_mask", "attention_mask", mask)

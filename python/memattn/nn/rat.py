@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.nn.inputs import check_sizes, check_step, check_tokens
 from memattn.nn.padding import PaddedRows
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 
@@ -32,12 +33,13 @@ class _RATLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_sizes(self, num_heads=num_heads, num_groups=num_groups)
         name = type(self).__name__
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"{name}: embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim")
         self.embed_dim, self.num_heads, self.num_groups = embed_dim, num_heads, num_groups
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        if num_groups < 1 or num_heads % num_groups:
+        if num_heads % num_groups:
             raise ValueError(f"{name}: num_groups is {num_groups}; expected a divisor of num_heads {num_heads}")
         if not 16 <= self.head_dim <= 256 or (rope_base is not None and self.head_dim % 2):
             raise ValueError(f"{name}: head_dim is {self.head_dim}; allowed: 16..256, even with rope_base")
@@ -99,7 +101,7 @@ class _RATLayer(nn.Module):
         cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state has N rows.
         Returns y [B, T, embed_dim], or (y, new state) with return_state.
         """
-        self._check(x)
+        check_tokens(self, x)
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens are both given; allowed: one")
         rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
@@ -107,7 +109,7 @@ class _RATLayer(nn.Module):
             x = rows.align(x)
         gate, *tensors = self._heads(x)
         state = None if state is None else _entries_as(state, tensors[0].dtype)
-        if rows is None:
+        if rows is None or x.shape[0] == 0:
             o, after = self._attend(tensors, state, cu_seqlens, return_state)
         else:
             o, after = self._attend_padded(tensors, state, rows.length, return_state)
@@ -122,7 +124,7 @@ class _RATLayer(nn.Module):
         x [B, t, embed_dim], t ≥ 1. state_indices [B]: the state row of each batch row, distinct; −1 is padding, its
         output is 0 and nothing is written. None: row b belongs to batch row b.
         """
-        self._check(x)
+        check_step(self, x, state, RATState, state_indices)
         state.make_room(x.shape[1], self._stride())
         gate, *qkv, g = self._heads(x)
         q, k, v = (y.to(state.keys.dtype) for y in qkv)  # under autocast the state may be wider
@@ -161,12 +163,6 @@ class _RATLayer(nn.Module):
 
     def _readout(self, gate: Tensor, o: Tensor) -> Tensor:
         return self.out_proj(gate.sigmoid() * o.flatten(-2))
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}"
-            )
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, num_groups={self.num_groups}"
@@ -267,8 +263,8 @@ class RATPlus(_RATLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            embed_dim, num_heads, num_groups=num_groups or num_heads, head_dim=head_dim, rope_base=rope_base,
-            gate_bias=False, backend=backend, device=device, dtype=dtype,
+            embed_dim, num_heads, num_groups=num_heads if num_groups is None else num_groups, head_dim=head_dim,
+            rope_base=rope_base, gate_bias=False, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         for name, size, least in (("dilation", dilation, 1), ("window", window, 0), ("prefix_len", prefix_len, 0)):
             if size < least:

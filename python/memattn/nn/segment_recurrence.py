@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.padding import PaddedRows
+from memattn.nn.inputs import check_state, check_step, check_tokens
+from memattn.nn.padding import rows_at, valid_runs
 from memattn.ops import _checks as check
 from memattn.state import MemoryState
 
@@ -96,6 +97,7 @@ class SegmentRecurrence(nn.Module):
         state: SegmentState | None = None,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, SegmentState]:
         """All tokens at once, for training and prefill; segments follow one another.
@@ -103,13 +105,15 @@ class SegmentRecurrence(nn.Module):
         x [B, T, embed_dim]. state: where each sequence starts, None for empty; it is not changed.
         attention_mask [B, T] bool or integer: one contiguous run of valid (nonzero) tokens per row. The others reach
         nothing, their output is 0, and the returned state is the one after the last valid token.
-        Returns y [B, T, embed_dim], or (y, new state) with return_state. Packed sequences are not taken: where their
-        segments start would have to be known to the host; pad them instead.
+        cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state has N rows.
+        Returns y [B, T, embed_dim], or (y, new state) with return_state.
         """
-        self._check(x, state)
-        rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
+        check_tokens(self, x)
+        rows = valid_runs(type(self).__name__, x, attention_mask, cu_seqlens)
         features = self._features(x if rows is None else rows.align(x))
-        state = SegmentState(self._empty(x.shape[0], features)) if state is None else state
+        if state is None:
+            state = SegmentState(self._empty(features.shape[0], features))
+        check_state(self, state, SegmentState, features.shape[0])
         y, after = self._run(features, state, None if rows is None else rows.length)
         if rows is not None:
             y = rows.restore(y)
@@ -124,7 +128,7 @@ class SegmentRecurrence(nn.Module):
             own = torch.arange(tokens, device=features.device) + state.filled[:, None]
             source = torch.where(position < state.filled[:, None], position, position - state.filled[:, None] + size)
             joined = torch.cat([state.open.to(features.dtype), features], 1)
-            z = _rows(joined, source.clamp(max=size + tokens - 1))  # what lies behind total is nobody's
+            z = rows_at(joined, source.clamp(max=size + tokens - 1))  # what lies behind total is nobody's
             total = state.filled + (tokens if lengths is None else lengths)
         else:
             z = features
@@ -137,7 +141,7 @@ class SegmentRecurrence(nn.Module):
                 memory = written if total is None else choose(total >= start + size, written, memory)
         y = torch.cat(outputs, 1)
         memory = memory.clone() if memory is state.memory else memory
-        return y if own is None else _rows(y, own), SegmentState(memory, *self._remainder(z, total))
+        return y if own is None else rows_at(y, own), SegmentState(memory, *self._remainder(z, total))
 
     def _remainder(self, z: Tensor, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The open segment and how full it is after `total` of the tokens z."""
@@ -150,7 +154,7 @@ class SegmentRecurrence(nn.Module):
             return F.pad(z[:, z.shape[1] - left :], (0, 0, 0, size - left)), filled
         filled = total.remainder(size)
         place = torch.arange(size, device=z.device)
-        open = _rows(F.pad(z, (0, 0, 0, size)), (total - filled)[:, None] + place)
+        open = rows_at(F.pad(z, (0, 0, 0, size)), (total - filled)[:, None] + place)
         return torch.where((place < filled[:, None])[..., None], open, 0.0), filled
 
     def step(self, x: Tensor, state: SegmentState) -> tuple[Tensor, SegmentState]:
@@ -159,7 +163,7 @@ class SegmentRecurrence(nn.Module):
         x [B, t, embed_dim], t ≥ 1. On the CPU a segment is written when a row has come to its end; elsewhere, and when
         compiled, every token pays for a write whose result is kept where that is so, since nobody waits for the device.
         """
-        self._check(x, state)
+        check_step(self, x, state, SegmentState)
         name = type(self).__name__
         check.inference_only(f"{name}.step", f"{name}.forward", x, *self.parameters())
         features = self._features(x)
@@ -177,21 +181,11 @@ class SegmentRecurrence(nn.Module):
                 filled.masked_fill_(full, 0)
         return torch.cat(outputs, 1), state
 
-    def _check(self, x: Tensor, state: SegmentState | None) -> None:
-        name = type(self).__name__
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"{name}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}")
-        if state is not None and state.batch != x.shape[0]:
-            raise ValueError(f"{name}: state has {state.batch} rows; expected x's batch size {x.shape[0]}")
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, T, F] at rows index [B, t] -> [B, t, F]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
 
 def head_dim_of(layer: str, embed_dim: int, num_heads: int) -> int:
-    """embed_dim / num_heads, which must be whole."""
+    """embed_dim / num_heads, which must be whole and what attention takes."""
     if embed_dim % num_heads:
         raise ValueError(f"{layer}: embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+    if not 16 <= embed_dim // num_heads <= 256:
+        raise ValueError(f"{layer}: embed_dim / num_heads is {embed_dim // num_heads}; allowed: 16..256")
     return embed_dim // num_heads

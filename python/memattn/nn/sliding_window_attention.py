@@ -28,6 +28,8 @@ class SlidingWindowAttention(CachedAttention):
     >>> layer = SlidingWindowAttention(256, num_heads=4, window=128, num_sinks=4)
     """
 
+    state_type = WindowCache
+
     def __init__(
         self,
         embed_dim: int,

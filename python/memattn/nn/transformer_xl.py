@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.nn.attention_layer import AttentionLayer
+from memattn.nn.inputs import check_state, check_step
 from memattn.nn.kv_cache import HiddenMemory, JoinedRows, NewRows
 from memattn.nn.rotary import angles
 from memattn.ops import _checks as check
@@ -105,7 +106,8 @@ class TransformerXL(AttentionLayer):
         if padded is not None:
             x = padded.align(x)
         new = NewRows(x, None if padded is None else padded.length, cu_seqlens)
-        self._check_state(state, new)
+        if state is not None:
+            check_state(self, state, HiddenMemory, len(new.count))
         o = self._alone(x, new, cu_seqlens) if state is None else self._with_memory(x, state.detach(), new)
         y = self._readout(o, x)
         if padded is not None:
@@ -123,12 +125,10 @@ class TransformerXL(AttentionLayer):
         x [B, t, embed_dim], t ≥ 1. state_indices [B]: the state row of each batch row, distinct; −1 is padding, its
         output is 0 and nothing is written. None: row b belongs to batch row b.
         """
-        self._check(x)
+        check_step(self, x, state, HiddenMemory, state_indices)
         check.inference_only("TransformerXL.step", "the layer itself", x, self.qkv_proj.weight)
         rows = state if state_indices is None else state.reorder(state_indices.long().clamp(min=0))
-        new = NewRows(x)
-        self._check_state(rows, new)
-        y = self._readout(self._with_memory(x, rows, new), x)
+        y = self._readout(self._with_memory(x, rows, NewRows(x)), x)
         state.append(x, rows=state_indices)
         return y if state_indices is None else torch.where((state_indices >= 0)[:, None, None], y, 0), state
 
@@ -181,10 +181,6 @@ class TransformerXL(AttentionLayer):
     def _settings(self) -> dict[str, Any]:
         window = self.memory_size if self.same_length else None
         return {"window": window, "scale": self.head_dim**-0.5, "backend": self.backend}
-
-    def _check_state(self, state: HiddenMemory | None, new: NewRows) -> None:
-        if state is not None and state.batch != len(new.count):
-            raise ValueError(f"TransformerXL: state has a batch of {state.batch}; expected {len(new.count)}")
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, memory_size={self.memory_size}, position_dim={self.position_dim}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.padding import PaddedRows
+from memattn.nn.inputs import check_sizes, check_state, check_tokens
+from memattn.nn.padding import valid_runs
 from memattn.nn.segment_recurrence import SlotMemory, choose, head_dim_of
 from memattn.ops.attention import attention
 from memattn.ops.slot_gate import slot_gate
@@ -56,10 +57,11 @@ class WorkingMemory(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        check_sizes(
+            self, num_heads=num_heads, num_slots=num_slots, segment_len=segment_len, num_blocks=num_blocks,
+            num_mlp_layers=num_mlp_layers,
+        )  # fmt: skip
         self.head_dim = head_dim_of(name, embed_dim, num_heads)
-        for label, size in (("num_slots", num_slots), ("segment_len", segment_len), ("num_blocks", num_blocks)):
-            if size < 1:
-                raise ValueError(f"{name}: {label} is {size}; expected at least 1")
         self.embed_dim, self.num_heads, self.num_slots = embed_dim, num_heads, num_slots
         self.segment_len, self.num_blocks, self.num_mlp_layers = segment_len, num_blocks, num_mlp_layers
         self.backend = backend
@@ -104,6 +106,7 @@ class WorkingMemory(nn.Module):
         state: SlotMemory | None = None,
         *,
         attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, SlotMemory]:
         """Segments of up to segment_len tokens one after the other.
@@ -111,13 +114,16 @@ class WorkingMemory(nn.Module):
         x [B, T, embed_dim]. state: where each sequence starts, None for empty; it is not changed.
         attention_mask [B, T] bool or integer: one contiguous run of valid (nonzero) tokens per row, cut into segments
         from its own start. The others reach nothing, their output is 0; a row without tokens keeps its memory.
+        cu_seqlens [N+1] int32/int64: x holds N sequences end to end, then B = 1 and the state has N rows.
         Returns y [B, T, embed_dim], or (y, new state) with return_state.
         """
-        self._check(x, state)
-        rows = None if attention_mask is None or x.shape[1] == 0 else PaddedRows(attention_mask, x)
+        check_tokens(self, x)
+        rows = valid_runs(type(self).__name__, x, attention_mask, cu_seqlens)
+        x = x if rows is None else rows.align(x)
         memory = self.init_state(x.shape[0]) if state is None else state
+        check_state(self, memory, SlotMemory, x.shape[0])
         outputs = [x.new_zeros(x.shape[0], 0, self.embed_dim)]
-        tokens = self.input_proj(x if rows is None else rows.align(x))
+        tokens = self.input_proj(x)
         for start in range(0, x.shape[1], self.segment_len):
             segment = tokens[:, start : start + self.segment_len]
             if rows is None:
@@ -169,13 +175,6 @@ class WorkingMemory(nn.Module):
         keys, values = (x.to(tokens.dtype) for x in self._keys(memory.slots.to(self.mlp.weight.dtype)))
         q = self._heads(self.query_proj(tokens)).to(tokens.dtype)
         return attention(q, keys, values, causal=False, backend=self.backend).o.flatten(2)
-
-    def _check(self, x: Tensor, state: SlotMemory | None) -> None:
-        name = type(self).__name__
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"{name}: x has shape {list(x.shape)}; expected [B, T, embed_dim] with {self.embed_dim}")
-        if state is not None and state.batch != x.shape[0]:
-            raise ValueError(f"{name}: state has {state.batch} rows; expected x's batch size {x.shape[0]}")
 
     def extra_repr(self) -> str:
         return (
