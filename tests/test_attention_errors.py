@@ -173,7 +173,7 @@ def test_named_backend_that_cannot_serve_lists_every_reason():
     with pytest.raises(memattn.BackendError) as caught:
         attention(**CASE.make(), backend="cuda")
     assert "received: q float32 [2, 6, 4, 16] on cpu" in str(caught.value)
-    assert "cuda: attention has no cuda kernel; it has: cpu, chunked" in str(caught.value)
+    assert "cuda: attention has no cuda kernel; it has: triton, cpu, chunked" in str(caught.value)
 
 
 def test_checks_remembered_for_one_call_do_not_pass_another():

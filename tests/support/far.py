@@ -27,20 +27,22 @@ CASE = Case("far", length=70, heads=1, value_heads=1, key_dim=SIZE, value_dim=SI
 SETTINGS = SIZE**-0.5, True, SIZE, 2**30  # scale, l2norm, chunk size, one checkpoint
 
 
-def run_last_programs() -> None:
-    """Make the interpreter skip all but the last programs of every launch."""
-    skipped, run = [0], InterpretedFunction.run
-    program_id = InterpreterBuilder.create_get_program_id
+def run_last_programs(backwards: tuple[str, ...] = ()) -> None:
+    """Make the interpreter run only the last programs of every launch, and the first of kernels counting backwards."""
+    skipped, shift, run = [0], [0], InterpretedFunction.run
+    program_id, programs = InterpreterBuilder.create_get_program_id, InterpreterBuilder.create_get_num_programs
 
     def run_last(kernel, *args, grid, **options):
         skipped[0] = max(grid[0] - LAST_PROGRAMS, 0)
+        shift[0] = 0 if kernel.fn.__name__ in backwards else skipped[0]
         return run(kernel, *args, grid=(grid[0] - skipped[0],), **options)
 
-    def shifted(builder, axis):
-        handle = program_id(builder, axis)
-        return TensorHandle(handle.data + handle.data.dtype.type(skipped[0]), handle.dtype)
+    def moved_by(handle, count):
+        return TensorHandle(handle.data + handle.data.dtype.type(count), handle.dtype)
 
-    InterpretedFunction.run, InterpreterBuilder.create_get_program_id = run_last, shifted
+    InterpretedFunction.run = run_last
+    InterpreterBuilder.create_get_program_id = lambda builder, axis: moved_by(program_id(builder, axis), shift[0])
+    InterpreterBuilder.create_get_num_programs = lambda builder, axis: moved_by(programs(builder, axis), skipped[0])
 
 
 def train(inputs: dict, do, dfinal_state) -> dict:

@@ -101,8 +101,27 @@ def gated_scan(dtype: str, case: str, *, T: int = 256, D: int = 4096) -> None:
     backward(y, y2, *((ends, ends2) if chunk else (None, None)), final, final2, *inputs)
 
 
+def attention(
+    dtype: str, case: str, *, T: int = 256, q_offset: int = 0, packed: bool = False, sink: bool = True, **mask: int
+) -> None:
+    from memattn.kernels.attention import forward
+    from memattn.kernels.attention_backward import backward
+
+    kind, (dims, _, form) = kind_of(dtype), case.partition(" ")
+    (K, V), HQ, HKV = map(int, dims.split("x")), 4, 2
+    q, k, v = (empty(1, T, heads, dim, dtype=kind) for heads, dim in ((HQ, K), (HKV, K), (HKV, V)))
+    logits, decay = empty(HQ) if sink else None, empty(1, T, HQ, dtype=torch.float64) if form == "decay" else None
+    mask = {"causal": 1, "window": 0, "prefix_len": 0, "block_size": 0, "summary": 0} | mask
+    settings = (*mask.values(), *((16, 32, 8) if form == "dilated" else (0, 0, 0)), q_offset, False, K**-0.5)
+    inputs = (q, k, v, logits, decay, bounds(packed), bounds(packed))
+    o, lse = forward(*inputs, *settings)
+    backward(torch.empty_like(o), lse, o, lse, *inputs, *settings)
+
+
 LENGTHS = tuple({"T": T} for T in (1, 63, 64, 2048, 2049))
 LAYOUTS = tuple({**length, "packed": p, "state": s} for length in LENGTHS for p in (False, True) for s in (False, True))
+MASKS = ({"causal": 0}, {"causal": 2, "block_size": 64}, {"window": 1}, {"window": 100, "prefix_len": 16})
+ATTENTION_LAYOUTS = (*LENGTHS, *MASKS, {"q_offset": 5}, {"packed": True}, {"sink": False})
 CHUNK_MATRICES = frozenset(
     f"{name}_kernel" for name in ("prepare", "scan", "output", "reverse", "pairs", "gradient")
 )  # l2norm, reduce and divide only stream rows
@@ -111,6 +130,11 @@ CHUNK_MATRICES = frozenset(
 def _delta_rule_may_spill(arch: int, dtype: str, case: str, kernel: str) -> bool:
     """Whole K×V states of 256 keys in IEEE float32 outgrow the registers in the two sequential kernels."""
     return (dtype, case) == ("float32", "256x256") and kernel in ("scan_kernel", "reverse_kernel")
+
+
+def _attention_may_spill(arch: int, dtype: str, case: str, kernel: str) -> bool:
+    """dK and dV of 256 columns with their decay, and IEEE float32 rows held whole, outgrow the registers."""
+    return arch != 90 or dtype == "float32" or (kernel == "keys_kernel" and case in ("256x256", "128x128 decay"))
 
 
 OPS = {
@@ -131,6 +155,15 @@ OPS = {
         may_spill=lambda arch, dtype, case, kernel: arch != 90 or dtype == "float32",
         dtypes=("bfloat16", "float32"),
         same_kernels=LAYOUTS,
+    ),
+    "attention": Launches(
+        attention,
+        cases=(*DIMS, "128x128 decay", "128x128 dilated"),
+        quick=(("bfloat16", "128x128"),),
+        matrices=frozenset({"forward_kernel", "queries_kernel", "keys_kernel"}),
+        may_spill=_attention_may_spill,
+        dtypes=("bfloat16", "float32"),
+        same_kernels=ATTENTION_LAYOUTS,
     ),
     "causal_conv1d": Launches(
         causal_conv1d,

@@ -29,7 +29,7 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import Differentiable, define_differentiable, resolve
+from memattn.ops._library import Differentiable, define_differentiable, implement, resolve
 from memattn.ops._masks import check_mask, settings
 from memattn.reference import attention as reference
 from memattn.reference.attention import AttentionOutput
@@ -83,16 +83,34 @@ FAMILY = Differentiable(
     save=_save,
     backward=_backward,
 )
-define_differentiable(f"{OP}_cpu", FAMILY)
 
-_FEATURES = frozenset({"backward", "packed"})
-_ALL = _FEATURES | {"q_offset='end'"}
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_ALL))
-_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_ALL)
+
+def _triton_forward():
+    from memattn.kernels import attention
+
+    return attention.forward
+
+
+def _triton_backward():
+    from memattn.kernels import attention_backward
+
+    return attention_backward.backward
+
+
+define_differentiable(f"{OP}_cpu", FAMILY)
+define_differentiable(f"{OP}_triton", FAMILY)
+implement(f"{OP}_triton", _triton_forward)
+implement(f"{OP}_triton_backward", _triton_backward)
+
+_FEATURES = frozenset({"backward", "packed", "q_offset='end'"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_FEATURES))
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
+_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
-_CPU = resolve(f"{OP}_cpu")
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -260,4 +278,4 @@ def attention(
         cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
     )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return AttentionOutput(*_CPU(*tensors, *settings(mask), head_map == "tile", scale))
+    return AttentionOutput(*_OPS[name](*tensors, *settings(mask), head_map == "tile", scale))

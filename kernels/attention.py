@@ -1,0 +1,252 @@
+"""Attention, Triton forward:
+
+    o_i = Σ_j e^{s_ij − ℓ_i} v_j        s_ij = scale · q_i·k_j + c_i − c_j        ℓ_i = log Σ_j e^{s_ij}
+
+A program owns BLOCK_M query rows of one head of one sequence and passes over the tiles of keys that any of them sees
+(attention_mask.py says which) with an online softmax: running maximum m and sum l in base 2, a sink being where they
+start. First the tiles that must be masked, then those that every row sees whole; where keys are dilated, then those are
+gathered, so that tiles of them hold nothing else.
+
+Shapes: q, o [B,Tq,HQ,K|V]; k, v [B,Tk,HKV,K|V]; lse [B,Tq,HQ]; sink [HQ]; high, low [B,Tk,HQ], c split into two numbers
+so that c_i − c_j keeps its small part; packed sequences with B = 1. Slots of BLOCK_M rows: see tiles.py.
+
+Numerics: scores, softmax and sums in the accumulation type; P is rounded to v's dtype for the product with V. A row
+that sees nothing gives o = 0, ℓ = −inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memattn.kernels import config
+from memattn.kernels.attention_mask import key_tiles, seen_pairs, seen_range, visited
+from memattn.kernels.checks import require
+from memattn.kernels.gated_delta_rule import OPERANDS, new
+from memattn.kernels.tiles import dot, load_column, load_tile, locate, sequence_bounds, store_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SIZES = [  # run-time numbers: never compiled in, whatever their value
+    "N", "TQ", "TK", "HQ", "HKV", "packed", "has_sink", "tile_heads", "q_offset", "causal", "window", "prefix_len",
+    "block_size", "summary", "dilation", "dilated_window", "dilated_prefix", "steps", "rows",
+]  # fmt: skip
+
+
+@triton.jit
+def first_position(q_offset, rows, length):
+    """Of the queries of a sequence; q_offset −1 puts the last query at the last key."""
+    return tl.where(q_offset < 0, tl.maximum(length - rows, 0), q_offset)
+
+
+@triton.jit
+def key_head_of(head, HQ, HKV, tile_heads):
+    return tl.where(tile_heads != 0, head % HKV, head // (HQ // HKV))
+
+
+@triton.jit
+def scaled_scores(products, scale, high_i, low_i, high_j, low_j, DECAY: tl.constexpr, ACC: tl.constexpr):
+    """s in base 2, from q·k and what decays; i and j broadcast over the products."""
+    s = products * (tl.full((), scale, ACC) * LOG2E)
+    if DECAY:
+        s += ((high_i - high_j) + (low_i - low_j)) * LOG2E
+    return s
+
+
+@triton.jit
+def take_in(
+    queries, k, v, high, low, x, live, stride, seen, high_i, low_i, scale, m, l, out, HKV, HQ,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into m, l and out. Key x of the tile lies x·stride tokens after k, v, high and low."""
+    keys = load_tile(k, x, live, stride * HKV * K, 0, K, BLOCK_K)
+    products = dot(queries, tl.trans(keys), tl.zeros((queries.shape[0], x.shape[0]), ACC), PRECISION)
+    if DECAY:
+        high_j, low_j = load_column(high, x, live, stride * HQ, ACC), load_column(low, x, live, stride * HQ, ACC)
+        s = scaled_scores(products, scale, high_i, low_i, high_j[None, :], low_j[None, :], DECAY, ACC)
+    else:
+        s = scaled_scores(products, scale, 0, 0, 0, 0, DECAY, ACC)
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+    most = tl.maximum(m, tl.max(s, 1))
+    reference = tl.where(most == float("-inf"), 0.0, most)  # of a row that has seen nothing yet
+    p = tl.exp2(s - reference[:, None])
+    shrink = tl.exp2(m - reference)
+    values = load_tile(v, x, live, stride * HKV * V, 0, V, BLOCK_V)
+    out = dot(p.to(values.dtype), values, out * shrink[:, None], PRECISION)
+    return most, l * shrink + tl.sum(p, 1), out
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    q, k, v, sink, high, low, cu_seqlens_q, cu_seqlens_k, o, lse, scale,
+    N, TQ, TK, HQ, HKV, packed, tile_heads, q_offset, causal, window, prefix_len, block_size, summary, dilation,
+    dilated_window, dilated_prefix, has_sink,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DECAY: tl.constexpr, DILATED: tl.constexpr,
+):  # fmt: skip
+    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)  # under a causal mask the last rows see most
+    head, slot = program % HQ, program // HQ
+    wide = program * 0  # makes the offset that it is added to 64 bits wide
+    mask = (causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix)
+    n, first_q, rows, part = locate(slot, cu_seqlens_q, N, TQ, BLOCK_M, packed)
+    first_k, length = sequence_bounds(n, cu_seqlens_k, TK, packed)
+    row, rows = (part * BLOCK_M).to(tl.int32), rows.to(tl.int32)
+    q_offset = first_position(q_offset, rows, length.to(tl.int32))
+    length = tl.where(row < rows, length, 0).to(tl.int32)
+    y, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    live = y < rows - row
+    i = row + y + q_offset
+    begin, end = seen_range(i, length, mask)
+
+    token = (first_q + row) * HQ + head
+    key_head = key_head_of(head, HQ, HKV, tile_heads)
+    queries = load_tile(q + token * K, y, live, HQ * K, 0, K, BLOCK_K)
+    keys, values = k + (first_k * HKV + key_head) * K, v + (first_k * HKV + key_head) * V
+    high += first_k * HQ + head
+    low += first_k * HQ + head
+    high_i, low_i = tl.zeros((1, 1), ACC), tl.zeros((1, 1), ACC)
+    if DECAY:
+        at = (row + q_offset + wide) * HQ
+        known = live & (i < length)
+        high_i = load_column(high + at, y, known, HQ, ACC)[:, None]
+        low_i = load_column(low + at, y, known, HQ, ACC)[:, None]
+    start = tl.load(sink + head, mask=has_sink != 0, other=float("-inf")).to(ACC) * LOG2E
+    m = tl.zeros((BLOCK_M,), ACC) + start
+    l = tl.where(m == float("-inf"), 0.0, tl.zeros((BLOCK_M,), ACC) + 1.0)
+    out = tl.zeros((BLOCK_M, BLOCK_V), ACC)
+
+    last = tl.minimum(row + BLOCK_M, rows) - 1
+    a, b, c, d, e = key_tiles(row + q_offset, last + q_offset, length, mask, BLOCK_N, DILATED)
+    for t in range(a + (c - b) + (e - d)):
+        from_key = visited(t, a, b, c, d) * BLOCK_N
+        at = from_key + wide
+        j = from_key + x
+        seen = seen_pairs(i[:, None], begin[:, None], end[:, None], j[None, :], length, mask, DILATED)
+        m, l, out = take_in(
+            queries, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ, x, j < length, 1, seen,
+            high_i, low_i, scale, m, l, out, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, True,
+        )  # fmt: skip
+    if DILATED:
+        before = c * BLOCK_N // dilation
+        count = d * BLOCK_N // dilation - before
+        for t in range((count + BLOCK_N - 1) // BLOCK_N):
+            at = (before + 1 + t * BLOCK_N + wide) * dilation - 1
+            j = (at + x * (dilation + wide)).to(tl.int32)
+            there = x < count - t * BLOCK_N
+            seen = there[None, :] & (j[None, :] >= begin[:, None]) & (j[None, :] < end[:, None])
+            m, l, out = take_in(
+                queries, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ, x, there,
+                dilation + wide, seen, high_i, low_i, scale, m, l, out, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC,
+                PRECISION, DECAY, True,
+            )  # fmt: skip
+    else:
+        for tile in range(c, d):
+            at = tile * BLOCK_N + wide
+            m, l, out = take_in(
+                queries, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ, x,
+                x < BLOCK_N, 1, x, high_i, low_i, scale, m, l, out, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION,
+                DECAY, False,
+            )  # fmt: skip
+    empty = l == 0
+    out *= tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, l))[:, None]
+    store_tile(o + token * V, out, y, live, HQ * V, 0, V, BLOCK_V)
+    total = (m + tl.log2(tl.where(empty, 1.0, l))) * LN2
+    tl.store(lse + token + y * HQ, tl.where(empty, float("-inf"), total), mask=live)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every launch needs to know of the inputs: sizes, the mask's numbers, c in two parts, types."""
+
+    N: int
+    TQ: int
+    TK: int
+    HQ: int
+    HKV: int
+    K: int
+    V: int
+    packed: int
+    tile_heads: int
+    mask: tuple[int, ...]  # of attention_mask.py
+    q_offset: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    decay: tuple[Tensor, Tensor]
+    decays: bool
+    acc: torch.dtype
+    precision: str
+
+    @classmethod
+    def of(cls, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k, mask, q_offset, tile_heads) -> Problem:
+        """Checks what memory safety needs and collects the sizes."""
+        B, TQ, HQ, K = q.shape
+        TK, HKV, V = k.shape[1], k.shape[2], v.shape[3]
+        packed = cu_seqlens_q is not None
+        if HKV == 0 or HQ == 0 or HQ % HKV or not 1 <= K <= 256 or not 1 <= V <= 256:
+            raise ValueError(
+                f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: "
+                "allowed: HQ a positive multiple of HKV, K and V up to 256"
+            )
+        if min(*mask, q_offset + 1) < 0 or mask[0] > 2:
+            raise ValueError(f"mask {mask}, q_offset {q_offset}: allowed: causal 0, 1 or 2, sizes ≥ 0, q_offset ≥ −1")
+        if packed and (B != 1 or cu_seqlens_q.dim() != 1 or not len(cu_seqlens_q) or cu_seqlens_k is None):
+            raise ValueError(f"cu_seqlens_q {list(cu_seqlens_q.shape)} with B = {B}; allowed: both [N+1] with B = 1")
+        N = len(cu_seqlens_q) - 1 if packed else B
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        require("q", q, q, tuple(OPERANDS), q.shape)
+        require("k", k, q, (q.dtype,), (B, TK, HKV, K))
+        require("v", v, q, (q.dtype,), (B, TK, HKV, V))
+        require("sink", sink, q, (acc,), (HQ,))
+        require("decay", decay, q, (torch.float64,), (B, TK, HQ))
+        for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            require(name, x, q, (torch.int32, torch.int64), (N + 1,))
+        none = new(q, 1, dtype=torch.int32)
+        bounds = (cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)) if packed else (none, none)
+        high = new(q, 1, dtype=acc) if decay is None else decay.to(acc)
+        low = high if decay is None else (decay - high).to(acc)
+        return cls(
+            N, TQ, TK, HQ, HKV, K, V, int(packed), int(tile_heads), tuple(mask), q_offset, *bounds, (high, low),
+            decay is not None, acc, config.precision(),
+        )  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.N, self.TQ, self.TK, self.HQ, self.HKV, self.packed, self.tile_heads, self.q_offset, *self.mask
+
+    def slots(self, total: int, block: int) -> int:
+        """Number of tiles of `block` rows of all sequences, with a bound for packed ones."""
+        return total // block + self.N if self.packed else self.N * -(-total // block)
+
+    def launch(self, kernel: str, bits: int) -> dict:
+        """Constexpr arguments and launch options of a kernel."""
+        options = config.pinned(kernel, bits, self.K, self.V)
+        terms = {"DECAY": self.decays, "DILATED": self.mask[5] > 1}
+        return dict(options, **terms, K=self.K, V=self.V, ACC=config.TYPES[self.acc], PRECISION=self.precision)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, decay: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: int, window: int, prefix_len: int, block_size: int, summary: int,
+    dilation: int, dilated_window: int, dilated_prefix: int, q_offset: int, tile_heads: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o [B,Tq,HQ,V], lse [B,Tq,HQ])."""
+    with torch.cuda.device_of(q):
+        mask = causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix
+        p = Problem.of(q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k, mask, q_offset, tile_heads)
+        o, lse = new(q, *q.shape[:3], p.V), new(q, *q.shape[:3], dtype=p.acc)
+        if o.numel():
+            options = p.launch("attention", OPERANDS[q.dtype])
+            forward_kernel[(p.slots(p.TQ, options["BLOCK_M"]) * p.HQ,)](
+                q, k, v, lse if sink is None else sink, *p.decay, p.cu_seqlens_q, p.cu_seqlens_k, o, lse, scale,
+                *p.sizes, int(sink is not None), **options,
+            )  # fmt: skip
+        return o, lse
