@@ -413,7 +413,7 @@ BAD = {
     "state length": (dict(initial_state=state(length=24)), ValueError, r"initial_state.length holds 24..24, and with 0 new tokens that makes 3 entries; initial_state.keys has room for 2"),
     "local rows": (dict(chunk_size=None, dilation=4, window=3, initial_state=state()), ValueError, "initial_state.local_keys is None; prefix_len 0 and window 3 keep 2 local rows"),
     "batch with cu_seqlens": (dict(cu_seqlens=torch.tensor([0, 6])), ValueError, "batch size is 2 with cu_seqlens"),
-    "triton": (dict(backend="triton"), memattn.BackendError, "rat_attention has no triton kernel; it has: cpu, chunked"),
+    "cuda": (dict(backend="cuda"), memattn.BackendError, "rat_attention has no cuda kernel; it has: triton, cpu, chunked"),
     "window on cpu": (dict(chunk_size=None, dilation=4, window=3, backend="cpu"), memattn.BackendError, "cpu: window or prefix is not supported"),
 }  # fmt: skip
 

@@ -69,8 +69,8 @@ class Case:
             "g": gate.to(wide).to(device).requires_grad_(grad),
         }
         if self.start is not None:
-            start = torch.tensor(self.start, device=device)
-            n, capacity = len(self.start), max(self.start) // self.rule.stride + 1
+            start = torch.tensor(self.start, dtype=torch.int64, device=device)
+            n, capacity = len(self.start), max(self.start, default=0) // self.rule.stride + 1
             used = torch.arange(capacity, device=device) < (start // self.rule.stride)[:, None]
             for name in ("keys", "values"):
                 entries = normal(n, capacity, self.value_heads, self.dim).detach()
@@ -389,7 +389,7 @@ BUGS = {
 def planted(bug: str) -> Callable:
     """`chunked` with one wrong line."""
     old, new = BUGS[bug]
-    names = ("_group", "_advanced", "_taken", "_attend", "chunked", "_batch")
+    names = ("group", "_advanced", "_taken", "_attend", "chunked", "_batch")
     namespace = dict(vars(reference))
     for code in relations.with_bug(bug, old, new, *(inspect.getsource(getattr(reference, name)) for name in names)):
         exec(code, namespace)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from memattn.ops import _checks as check
-from memattn.reference.attention import AttentionOutput, accumulate_dtype, one_sink
+from memattn.reference.attention import AttentionOutput, accumulate_dtype, joined, one_sink
 
 MODES = ("convex", "add", "mul")
 
@@ -50,12 +49,8 @@ def merge_states(outputs: Sequence[Tensor], lses: Sequence[Tensor], *, sink: Ten
         check.dtype(op, "sink", sink, (first.dtype, dtype), f" with {check.dtype_name(first.dtype)} outputs")
         check.device(op, "sink", sink, first, "outputs[0]")
         parts.append(one_sink(sink, dtype).expand(first.shape[:3]))
-    stacked = torch.stack(parts)
-    empty = (stacked == -torch.inf).all(0)
-    lse = stacked.masked_fill(empty, 0.0).logsumexp(0)  # the guard keeps (−inf) − (−inf) out of both directions
-    weights = (stacked - lse).exp()
-    o = sum(w[..., None] * x.to(dtype) for w, x in zip(weights, outputs, strict=False))
-    return AttentionOutput(o.to(first.dtype), lse.masked_fill(empty, -torch.inf))
+    o, lse = joined([x.to(dtype) for x in outputs], parts)
+    return AttentionOutput(o.to(first.dtype), lse)
 
 
 def gated_combine(a: Tensor, b: Tensor, gate: Tensor, mode: str = "convex") -> Tensor:

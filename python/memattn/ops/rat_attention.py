@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
+from memattn.ops import _rat_stages
 from memattn.ops._library import Differentiable, define, define_differentiable, resolve
 from memattn.ops._sequences import sequences
 from memattn.reference import rat_attention as reference
@@ -174,11 +175,14 @@ define_differentiable(f"{OP}_cpu", FAMILY)
 define(f"{STEP}_cpu", STEP_SCHEMA, lambda q, k, v, *rest: torch.empty_like(v))
 
 _TRAINING = frozenset({"backward", "packed"})
-_LOCAL = frozenset({"window or prefix"})
+_LOCAL, _LOCAL_STATE = frozenset({"window or prefix"}), frozenset({"window or prefix from a state"})
 _ANYWHERE = ("cpu", "cuda", "xpu")
 _NATIVE = backends.needs_native("_C")
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING | _LOCAL))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE, features=_TRAINING))
-backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_TRAINING | _LOCAL))
+_ALL = _TRAINING | _LOCAL | _LOCAL_STATE
+backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_ALL))
 backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE))
 backends.register(STEP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_LOCAL))
 
@@ -334,7 +338,8 @@ def rat_attention(
         _check_lengths(OP, "initial_state", initial_state, rule, 0)
     train = check.needs_grad(q, k, v, g, *(x for x in parts if x is not None))
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens is not None else ())
-    features += ("window or prefix",) if rule.local else ()
+    features += (*_LOCAL,) if rule.local else ()
+    features += (*_LOCAL_STATE,) if rule.local and initial_state is not None else ()
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]),), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, g=g))
     if name == "chunked":
@@ -344,6 +349,13 @@ def rat_attention(
                 prefix_len=prefix_len, head_map=head_map, scale=scale, cu_seqlens=cu_seqlens,
                 initial_state=None if initial_state is None else parts, output_final_state=output_final_state,
             )  # fmt: skip
+        return o, None if final is None else RATState(*final)
+    if name == "triton":
+        form = _rat_stages.Form(rule, rope_base, head_map, q.shape[3] ** -0.5 if scale is None else float(scale))
+        before = None if initial_state is None else parts
+        with _no_autocast(q):
+            room = rule.kept(_longest(q, cu_seqlens))
+            o, final = _rat_stages.forward(q, k, v, g, before, cu_seqlens, form, output_final_state, room)
         return o, None if final is None else RATState(*final)
     tensors = check.contiguous(q, k, v, g, *parts[:5], cu_seqlens)
     o, keys, values, key, value, _ = _CPU(*tensors, *_numbers(rule, rope_base, head_map, scale, q))
@@ -368,6 +380,13 @@ def _numbers(rule, rope_base, head_map, scale, q):
     return rule.restart, rule.stride, rule.unit, float(rope_base or 0), head_map == "tile", scale
 
 
+def _longest(q, cu_seqlens):
+    """Tokens of the longest sequence, or a bound where the lengths may not be looked at."""
+    if cu_seqlens is None or not check.values_checked(cu_seqlens):
+        return q.shape[1]
+    return int(cu_seqlens.diff().max())
+
+
 def _final_state(rule, keys, values, key, value, q, before, cu_seqlens):
     """The kernel's results as a state; entries of packed sequences get rows of their own."""
     n, held = sequences(q, cu_seqlens), 0 if before[0] is None else before[0].shape[1]
@@ -375,10 +394,7 @@ def _final_state(rule, keys, values, key, value, q, before, cu_seqlens):
     if cu_seqlens is None:
         return RATState(keys, values, key, value, start + q.shape[1])
     after = start + cu_seqlens.diff()
-    longest = q.shape[1]
-    if check.values_checked(cu_seqlens):
-        longest = int(cu_seqlens.diff().max())
-    slot = torch.arange(held + rule.kept(longest), device=q.device)
+    slot = torch.arange(held + rule.kept(_longest(q, cu_seqlens)), device=q.device)
     first = cu_seqlens[:-1].long() // rule.stride + torch.arange(n, device=q.device) * (held + 1)
     row = (first[:, None] + slot).clamp(max=max(keys.shape[1] - 1, 0))
     used = (slot < (after // rule.stride)[:, None])[..., None, None]

@@ -7,6 +7,7 @@ against the range of keys they may see, recomputed in backward, so that memory i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def one_sink(sink: Tensor, dtype: torch.dtype) -> Tensor:
     """[HQ] or [HQ, r] sink logits as the one logit per head that weighs the same."""
     return sink.to(dtype) if sink.dim() == 1 else sink.to(dtype).logsumexp(-1)
+
+
+def joined(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One softmax over disjoint parts, from their outputs [..., V] and log-sum-exps [...], all in the dtype of sums.
+
+    Log-sum-exps beyond the outputs are of parts without values: sinks.
+    """
+    stacked = torch.stack(tuple(lses))
+    empty = (stacked == -torch.inf).all(0)
+    lse = stacked.masked_fill(empty, 0.0).logsumexp(0)  # the guard keeps (−inf) − (−inf) out of both directions
+    weights = (stacked - lse).exp()
+    o = weights[0][..., None] * outputs[0]
+    for w, x in zip(weights[1:], outputs[1:], strict=False):
+        o = o + w[..., None] * x
+    return o, lse.masked_fill(empty, -torch.inf)
 
 
 def cumulative_decay(log_decay: Tensor | None, alibi_slopes: Tensor | None, k: Tensor) -> Tensor | None:

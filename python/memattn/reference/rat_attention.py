@@ -60,7 +60,7 @@ class Rule:
         return length - 1 - (length - 1 - slot).remainder(self.recent)
 
 
-def _group(x: Tensor, heads: int, head_map: str) -> Tensor:
+def group(x: Tensor, heads: int, head_map: str) -> Tensor:
     """[..., H, K] -> [..., HV, K]: value head h reads head h // (HV/H) ("gqa") or h mod H ("tile")."""
     repeat = heads // x.shape[-2]
     return x.repeat_interleave(repeat, -2) if head_map == "gqa" else x.repeat(*(1,) * (x.dim() - 2), repeat, 1)
@@ -82,7 +82,7 @@ def loop(
     """One token after another: advance the running state, attend to [entries seen; own entry], keep the entry."""
     rule, dtype, heads = Rule.of(chunk_size, dilation, window, prefix_len), accumulate_dtype(q.dtype), v.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    wide_q, wide_k = (_group(x.to(dtype), heads, head_map) for x in (q, k))
+    wide_q, wide_k = (group(x.to(dtype), heads, head_map) for x in (q, k))
     if cu_seqlens is None:
         sequences = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
     else:
@@ -223,7 +223,7 @@ def _batch(q, k, v, g, state, longest, settings):
         copies = (None if x is None else x.clone() for x in (local_keys, local_values))
         return torch.zeros_like(v), (*grid, key.clone(), value.clone(), after, *copies)
     position = start[:, None] + torch.arange(length, device=q.device)
-    wide_q, wide_k = (_group(x.to(g.dtype), v.shape[2], head_map) for x in (q, k))
+    wide_q, wide_k = (group(x.to(g.dtype), v.shape[2], head_map) for x in (q, k))
     rows_k, rows_v = _advanced(rule, wide_k, v, g, state, position)
     turned_q, turned_k = (rotate(x, position // rule.unit, base) for x in (wide_q, rows_k))
     stored_k, stored_v = turned_k.to(q.dtype), rows_v.to(q.dtype)
