@@ -28,11 +28,17 @@ from memattn.ops import rat_attention
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 op = functools.partial(rat_attention, backend="triton")
-EVERY = [*CASES, *LOCAL_CASES, *EMPTY, replace(CONTINUED, name="no rows, continued", batch=0, start=())]
+EVERY = [
+    *CASES,
+    *LOCAL_CASES,
+    *EMPTY,
+    replace(CONTINUED, name="no rows, continued", batch=0, start=()),
+    replace(CONTINUED, name="nothing more at an edge", lengths=(9, 0), start=(5, 16)),
+]
 EXACT = (
     "base", "plus", "packed", "T8", "odd dim", "chunks of one token", "no positions", "full forgetting", "packed, continued",
     "plus, continued", "plus, dense", "plus, packed", "plus, prefix", "plus, local, packed", "continued at an edge",
-    "no tokens", "no rows", "no tokens, continued", "no rows, continued",
+    "no tokens", "no rows", "no tokens, continued", "no rows, continued", "nothing more at an edge",
 )  # fmt: skip
 ROUNDED = {
     torch.float32: ("base", "continued"),
