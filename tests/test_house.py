@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "ops._checks",
         "ops._library",
         "ops._masks",
+        "ops._rat_stages",
         "ops._sequences",
         "reference",
         "state",
