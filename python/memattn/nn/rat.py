@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.inputs import check_sizes, check_step, check_tokens
+from memattn.nn.inputs import check_sizes, check_state, check_step, check_tokens
 from memattn.nn.padding import PaddedRows
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 
+STORED = ("keys", "values", "local_keys", "local_values")  # parts of a state in the layer's dtype, or autocast's
 FIRST_ROOM = 16  # entries of a state that is to grow
 
 
@@ -108,6 +109,9 @@ class _RATLayer(nn.Module):
         if rows is not None:
             x = rows.align(x)
         gate, *tensors = self._heads(x)
+        if state is not None:
+            check_state(self, state, RATState, None)  # the op checks its rows
+            state = state._map(lambda owner, name, y: y.to(gate.dtype) if name in STORED else y)
         if rows is None or x.shape[0] == 0:
             o, after = self._attend(tensors, state, cu_seqlens, return_state)
         else:
