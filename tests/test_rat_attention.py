@@ -262,6 +262,23 @@ def test_step_of_a_pool(threads, backend, device):
         assert torch.equal(getattr(state, name)[untouched], getattr(pool, name)[untouched]), name
 
 
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_over_many_entries(dtype):
+    """Several ranges of entries, joined: near the definition, the same bits on any number of threads."""
+    case = replace(PLUS, dilation=1, length=1, start=(700, 40))
+    inputs = case.make(dtype)
+    part, pool = [inputs[n] for n in TENSORS], RATState(*(inputs[n] for n in STATE[:5]))
+    truth, _ = forward(definition, to_float64(inputs))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(rat_attention_step(*part, pool.clone(), **case.settings(), backend="cpu"))
+    torch.set_num_threads(before)
+    assert relative_error(results[0], truth) <= (2e-6 if dtype == torch.float32 else 4e-3)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 # --- registration ----------------------------------------------------------------------------------------------------
 
 TINY = replace(BASE, batch=1, length=21, heads=1, value_heads=2)

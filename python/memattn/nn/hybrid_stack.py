@@ -17,7 +17,7 @@ from memattn.nn.infini_attention import InfiniAttention
 from memattn.nn.inputs import check_state, check_step, check_tokens
 from memattn.nn.lizard import Lizard
 from memattn.nn.padding import check_mask
-from memattn.nn.rat import RAT
+from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.residual_block import ResidualBlock
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.state import MemoryState
@@ -29,6 +29,7 @@ LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
     "rat": RAT,
+    "ratplus": RATPlus,
     "infini": InfiniAttention,
     "lizard": Lizard,
     "swa": SlidingWindowAttention,

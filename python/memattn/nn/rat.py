@@ -13,7 +13,6 @@ from memattn.nn.inputs import check_sizes, check_state, check_step, check_tokens
 from memattn.nn.padding import PaddedRows
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 
-STORED = ("keys", "values", "local_keys", "local_values")  # parts of a state in the layer's dtype, or autocast's
 FIRST_ROOM = 16  # entries of a state that is to grow
 
 
@@ -111,7 +110,7 @@ class _RATLayer(nn.Module):
         gate, *tensors = self._heads(x)
         if state is not None:
             check_state(self, state, RATState, None)  # the op checks its rows
-            state = state._map(lambda owner, name, y: y.to(gate.dtype) if name in STORED else y)
+            state = _entries_as(state, tensors[0].dtype)
         if rows is None or x.shape[0] == 0:
             o, after = self._attend(tensors, state, cu_seqlens, return_state)
         else:
@@ -129,8 +128,8 @@ class _RATLayer(nn.Module):
         """
         check_step(self, x, state, RATState, state_indices)
         state.make_room(x.shape[1], self._stride())
-        gate, *tensors, g = self._heads(x)
-        q, k, v = (y.to(state.keys.dtype) for y in tensors)  # under autocast they are 16-bit, the state need not be
+        gate, *qkv, g = self._heads(x)
+        q, k, v = (y.to(state.keys.dtype) for y in qkv)  # under autocast the state may be wider
         o = rat_attention_step(
             q, k, v, g, state, state_indices=state_indices, head_map="tile", backend=self.backend, **self._settings()
         )
@@ -171,6 +170,12 @@ class _RATLayer(nn.Module):
         text = f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, num_groups={self.num_groups}"
         text += "".join(f", {name}={value}" for name, value in self._settings().items() if value is not None)
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+
+def _entries_as(state: RATState, dtype: torch.dtype) -> RATState:
+    """The state with its entries in q's dtype, which autocast may have changed; averages stay wide."""
+    narrow = ("keys", "values", "local_keys", "local_values")
+    return state._map(lambda owner, name, x: x.to(dtype) if name in narrow else x)
 
 
 class RAT(_RATLayer):
