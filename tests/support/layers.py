@@ -444,7 +444,7 @@ def bfloat16_is_near_float64(layer: Any, x: Tensor, subject: Subject) -> None:
                 close(stepped, truth, subject.depth * ceiling, f"{dtype} step:")
     with torch.autocast(x.device.type, torch.bfloat16):
         y, state = layer(x, return_state=True)
-        y = layer(x, state) + y + layer(x, empty(layer, 3, subject))
+        y = layer(x, state) + layer(x, empty(layer, 3, subject)) + y
         if subject.lacks.step is None:
             with torch.no_grad():  # where autocast casts the state and where it does not
                 for start in (state.detach().clone(), empty(layer, 3, subject)):

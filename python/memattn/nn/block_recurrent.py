@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn.inputs import check_sizes
+from memattn.nn.rotary import rotary
 from memattn.nn.segment_recurrence import SegmentRecurrence, SlotMemory, head_dim_of
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.merge_states import merge_states
@@ -144,12 +145,7 @@ class BlockRecurrentAttention(SegmentRecurrence):
         if self.rope_base is None:
             return x
         position = torch.arange(x.shape[1], device=x.device) + (first[:, None] if isinstance(first, Tensor) else first)
-        channel = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device)
-        rate = self.rope_base ** (-channel / self.head_dim)
-        angle = (position[..., None] * rate)[..., None, :]  # [B or nothing, T, 1, K / 2]
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-        cos, sin = angle.cos().to(a.dtype), angle.sin().to(a.dtype)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return rotary(x, position, self.rope_base)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.inputs import check_sizes, check_step, check_tokens
+from memattn.nn.inputs import check_sizes, check_state, check_step, check_tokens
 from memattn.nn.padding import PaddedRows
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 
@@ -108,7 +108,9 @@ class _RATLayer(nn.Module):
         if rows is not None:
             x = rows.align(x)
         gate, *tensors = self._heads(x)
-        state = None if state is None else _entries_as(state, tensors[0].dtype)
+        if state is not None:
+            check_state(self, state, RATState, None)  # the op checks its rows
+            state = _entries_as(state, tensors[0].dtype)
         if rows is None or x.shape[0] == 0:
             o, after = self._attend(tensors, state, cu_seqlens, return_state)
         else:
