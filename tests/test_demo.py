@@ -354,13 +354,13 @@ def test_smoke_run_from_the_command_line(tmp_path):
         assert part in out
 
 
-@pytest.mark.parametrize("arguments", ["--layer deltanet", "--stack gdn:1,deltanet:1"])
+@pytest.mark.parametrize("arguments", ["--layer rat", "--stack gdn:1,rat:1"])
 def test_smoke_run_with_other_layers(tmp_path, arguments):
     process = run_demo("--smoke", "--seconds", "0.3", *arguments.split(), "--out", tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     saved = json.loads((tmp_path / "report.json").read_text())
-    expected = {"--layer deltanet": ["deltanet", "local"], "--stack gdn:1,deltanet:1": ["gdn", "deltanet"]}
+    expected = {"--layer rat": ["rat", "local"], "--stack gdn:1,rat:1": ["gdn", "rat"]}
     assert saved["stopped"] is None and saved["model"]["layers"] == expected[arguments]
 
 

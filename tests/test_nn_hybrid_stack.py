@@ -104,7 +104,8 @@ def test_a_growing_cache_inside_a_recurrent_memory_outgrows_its_first_room():
 def test_every_named_layer_can_be_stacked():
     x = draw(1, 5, EMBED)
     for name in LAYERS:
-        options = {"swa": {"window": 4}} if name == "swa" else None
+        required = {"swa": {"window": 4}, "infini": {"segment_size": 4}}
+        options = {name: required[name]} if name in required else None
         y, state = HybridStack(EMBED, 2, name, options=options, **SMALL)(x, return_state=True)
         assert y.shape == x.shape and len(state.layers) == 1, name
 

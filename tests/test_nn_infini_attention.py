@@ -105,4 +105,4 @@ def test_wrong_sizes_are_refused(arguments, message):
 
 
 def test_the_page():
-    layers.run_page(Path(__file__).resolve().parent.parent / "docs" / "segment_memory.md", 3)
+    layers.run_page(Path(__file__).resolve().parent.parent / "docs" / "segment_memory.md", 4)

@@ -308,6 +308,23 @@ def test_step_of_a_pool(threads, backend, device):
         assert torch.equal(getattr(state, name)[untouched], getattr(pool, name)[untouched]), name
 
 
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_over_many_entries(dtype):
+    """Several ranges of entries, joined: near the definition, the same bits on any number of threads."""
+    case = replace(PLUS, dilation=1, length=1, start=(700, 40))
+    inputs = case.make(dtype)
+    part, pool = [inputs[n] for n in TENSORS], RATState(*(inputs[n] for n in STATE[:5]))
+    truth, _ = forward(definition, to_float64(inputs))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(rat_attention_step(*part, pool.clone(), **case.settings(), backend="cpu"))
+    torch.set_num_threads(before)
+    assert relative_error(results[0], truth) <= (2e-6 if dtype == torch.float32 else 4e-3)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 # --- registration ----------------------------------------------------------------------------------------------------
 
 TINY = replace(BASE, batch=1, length=21, heads=1, value_heads=2)
@@ -323,8 +340,8 @@ VARIANTS = {
 def _arguments(case, grad):
     inputs = case.make(grad=grad)
     rule = case.rule
-    tensors = [inputs.get(n) for n in (*TENSORS, *STATE[:5], "cu_seqlens")]
-    return (*tensors, rule.restart, rule.stride, rule.unit, 10000.0, False, 0.25)
+    tensors = [inputs.get(n) for n in (*TENSORS, *STATE[:4], *STATE[5:], "length", "cu_seqlens")]
+    return (*tensors, rule.restart, rule.stride, rule.unit, rule.window, rule.prefix, 10000.0, False, 0.25)
 
 
 @needs_cpu_kernels
@@ -335,17 +352,17 @@ def test_opcheck(variant):
         result = torch.library.opcheck(resolve("rat_attention_cpu"), _arguments(case, grad))
         assert set(result.values()) == {"SUCCESS"}
     args = _arguments(case, False)
-    o, keys, values, key, value, lse = resolve("rat_attention_cpu")(*args)
-    cotangents = [torch.randn_like(x) for x in (o, keys, values, key, value)]
-    given = (*cotangents, o, keys, values, lse, *args)
+    o, keys, values, key, value, *local, lse = resolve("rat_attention_cpu")(*args)
+    cotangents = [torch.randn_like(x) for x in (o, keys, values, key, value, *local)]
+    given = (*cotangents, o, keys, values, *local, lse, *args)
     assert set(torch.library.opcheck(resolve("rat_attention_cpu_backward"), given).values()) == {"SUCCESS"}
 
 
 @needs_cpu_kernels
 def test_opcheck_step():
     inputs = replace(TINY, batch=2, length=1, start=(5, 7)).make()
-    tensors = (*(inputs[n] for n in (*TENSORS, *STATE[:5])), torch.tensor([1, -1]))
-    result = torch.library.opcheck(resolve("rat_attention_step_cpu"), (*tensors, 8, 8, 8, 10000.0, False, 0.25))
+    tensors = (*(inputs.get(n) for n in (*TENSORS, *STATE[:4], *STATE[5:], "length")), torch.tensor([1, -1]))
+    result = torch.library.opcheck(resolve("rat_attention_step_cpu"), (*tensors, 8, 8, 8, 1, 0, 10000.0, False, 0.25))
     assert set(result.values()) == {"SUCCESS"}
 
 

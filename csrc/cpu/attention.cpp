@@ -2,7 +2,7 @@
 //
 // A task is a tile of queries of all heads that read one key head. It passes over the tiles of keys that any of its
 // rows sees, each loaded once for the whole group, with the running maximum and sum of an online softmax per row; a
-// sink is where that starts. Only rows that see a tile take part in its products.
+// sink, or a first score and value, is where that starts. Only rows that see a tile take part in its products.
 #include "attention_forward.h"
 
 #include <tuple>
@@ -65,8 +65,18 @@ class Forward {
     const Acc sink = a_.sink_of<Acc>(h);
     std::fill(head.most, head.most + s_.queries, sink);
     std::fill(head.sum, head.sum + s_.queries, Acc(sink != -std::numeric_limits<Acc>::infinity()));
+    if (a_.first_scores) begin_with_first(head, token, h, rows);
     if (a_.decay) {
       load_decay(head.high, head.low, a_, a_.keys.start(sequence) + first + a_.offset(sequence), h, rows, s_.queries);
+    }
+  }
+
+  void begin_with_first(QueryRows<E>& head, int64_t token, int64_t h, int rows) const {
+    load_head(isa_, head.out, s_.ld_value, s_.queries, s_.value_dim, a_.first_values, a_.element, token, a_.heads, h,
+              rows, a_.value_dim);
+    for (int i = 0; i < rows; ++i) {
+      head.most[i] = static_cast<const Acc*>(a_.first_scores)[(token + i) * a_.heads + h];
+      head.sum[i] = Acc(head.most[i] != -std::numeric_limits<Acc>::infinity());
     }
   }
 
@@ -88,13 +98,15 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const std::vector<int64_t> rows{q.size(0), q.size(1), q.size(2)};
   Tensor o = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse = torch::stable::new_empty(q, rows, state_dtype(q.scalar_type()));
-  with_primitives(q.scalar_type(), [&](const auto& isa) {
-    Forward(a, isa, o.mutable_data_ptr(), lse.mutable_data_ptr()).run(torch::stable::get_num_threads());
-  });
+  attend(a, q.scalar_type(), o.mutable_data_ptr(), lse.mutable_data_ptr());
   return {o, lse};
 }
 
 }  // namespace
+
+void attend(const Attention& a, ScalarType type, void* o, void* lse) {
+  with_primitives(type, [&](const auto& isa) { Forward(a, isa, o, lse).run(torch::stable::get_num_threads()); });
+}
 
 Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& sink, const std::optional<Tensor>& decay,

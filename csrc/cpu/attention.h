@@ -23,6 +23,8 @@ struct Attention {
   const void *q, *k, *v;  // [tokens, heads or key_heads, key_dim or value_dim] of `element`
   Element element;
   const void* sink;     // [heads] in the accumulate type, or null
+  const void* first_scores;  // [query tokens, heads] in the accumulate type, or null: every row's softmax begins with
+  const void* first_values;  // such a score and a value, [query tokens, heads, value_dim] of `element`
   const double* decay;  // [key tokens, heads], summed up over time, or null
   bool tile_heads;
   double scale;
@@ -59,6 +61,9 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                          const std::optional<Tensor>& sink, const std::optional<Tensor>& decay,
                          const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const AttentionSettings& settings);
+
+// o [query tokens, heads, value_dim] and lse [query tokens, heads] of a call with tensors of `type`.
+void attend(const Attention& a, ScalarType type, void* o, void* lse);
 
 // What backward reads besides the arguments, and where its results go.
 struct AttentionGradients {

@@ -429,7 +429,10 @@ def bfloat16_is_near_float64(layer: Any, x: Tensor, subject: Subject) -> None:
                 close(stepped, truth, subject.depth * ceiling, f"{dtype} step:")
     with torch.autocast(x.device.type, torch.bfloat16):
         y, state = layer(x, return_state=True)
-        y = layer(x, state) + y
+        y = layer(x, state) + y + layer(x, empty(layer, 3, subject))
+        if subject.lacks.step is None:
+            with torch.no_grad():
+                layer.step(x[:, :1], empty(layer, 3, subject))
     assert y.dtype == subject.autocast_dtype
     y.float().square().sum().backward()
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in layer.parameters())

@@ -108,7 +108,7 @@ def truth_of(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 
 
 def by_parts(q, k_self, v_self, k, v, *, see="own", operand_dtype=None, **settings):
-    """The plain-torch form with the kernels' rounding points: tokens alone, slots alone, joined by their stored lse."""
+    """The plain-torch form with the kernels' rounding points: slots first, tokens after them."""
     part = functools.partial(reference.chunked, see="none", operand_dtype=operand_dtype)
     tokens = part(q, None, None, k, v, **settings)
     if see == "none":

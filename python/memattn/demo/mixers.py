@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,16 @@ from memattn.state import MemoryState
 # Those of plain torch: the local attention of the model, and the full attention that memories are compared with.
 PLAIN = ("local", "full")
 NAMES = (*LAYERS, *PLAIN)
-STACKED = (*LAYERS, "local")  # what --stack may name: full attention cannot carry a text from batch to batch
-# The argument by which a layer takes the model's window, where it has one.
-_WINDOW_OF = {"lizard": "window", "swa": "window"}
+# What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
+MEMORIES = tuple(name for name in LAYERS if name not in ("fox", "ratplus"))
+STACKED = (*MEMORIES, "local")
+# What a layer of the demo is given beside its sizes; `window` is the model's.
+_SETTINGS: dict[str, Callable[[int], dict[str, int]]] = {
+    "rat": lambda window: {"num_groups": 1},  # the demo's three heads have no two groups
+    "infini": lambda window: {"segment_size": window},
+    "lizard": lambda window: {"window": window},
+    "swa": lambda window: {"window": window},
+}
 
 
 class LastTokens(MemoryState):
@@ -165,4 +173,5 @@ def make_mixer(name: str, embed_dim: int, num_heads: int, window: int) -> nn.Mod
         return FullAttention(embed_dim, num_heads)
     if name not in LAYERS:
         raise ValueError(f"layers: got {name!r}; allowed are {', '.join(NAMES)}")
-    return LAYERS[name](embed_dim, num_heads, **({_WINDOW_OF[name]: window} if name in _WINDOW_OF else {}))
+    settings = _SETTINGS[name](window) if name in _SETTINGS else {}
+    return LAYERS[name](embed_dim, num_heads, **settings)

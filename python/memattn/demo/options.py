@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import torch
 
 from memattn.demo.compare import ComparisonConfig
-from memattn.demo.mixers import STACKED
+from memattn.demo.mixers import MEMORIES, STACKED
 from memattn.demo.model import ModelConfig
 from memattn.demo.precision import faster_dtype
 from memattn.demo.train import TrainingConfig
-from memattn.nn.hybrid_stack import LAYERS, parse_spec
+from memattn.nn.hybrid_stack import parse_spec
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="memattn demo", description=DESCRIPTION)
     add = parser.add_argument
     add("--smoke", action="store_true", help="the same run at tiny sizes, under ten seconds")
-    add("--layer", metavar="NAME", help=f"the memory layer of the model: {', '.join(LAYERS)} (default gdn)")
+    add("--layer", metavar="NAME", help=f"the memory layer of the model: {', '.join(MEMORIES)} (default gdn)")
     add("--stack", metavar="SPEC", help="all layers from input to output, e.g. gdn:3,local:1")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for report and checkpoint")
     add("--seconds", type=lambda s: _number(float, s, 0.1), help="training time (default 90, smoke 1)")
@@ -117,7 +117,7 @@ def _check_layers(options: argparse.Namespace) -> None:
     if chosen and (options.resume is not None or options.generate is not None):
         raise UsageError(f"{chosen[0]} is for a new model; a checkpoint has its layers")
     if options.layer is not None:
-        _one_of("layer", options.layer, tuple(LAYERS))
+        _one_of("layer", options.layer, MEMORIES)
     if options.stack is not None:
         try:
             parse_spec(options.stack, STACKED)

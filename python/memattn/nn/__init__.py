@@ -15,6 +15,7 @@ from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
 from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
@@ -40,6 +41,7 @@ __all__ = [
     "LizardState",
     "Memformer",
     "MemoryTokensState",
+    "MultivariateInfiniAttention",
     "RAT",
     "RATPlus",
     "RecurrentMemory",

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
+from memattn.nn.infini_attention import InfiniAttention
 from memattn.nn.lizard import Lizard
 from memattn.nn.padding import check_mask
+from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.residual_block import ResidualBlock
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.state import MemoryState
@@ -25,6 +27,9 @@ LayerFactory = Callable[..., nn.Module]
 LAYERS: dict[str, LayerFactory] = {
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
+    "rat": RAT,
+    "ratplus": RATPlus,
+    "infini": InfiniAttention,
     "lizard": Lizard,
     "swa": SlidingWindowAttention,
     "fox": ForgettingAttention,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memattn.nn.attention_layer import AttentionLayer
+from memattn.nn.gated_memory_attention import GatedMemoryAttention
 from memattn.nn.kv_cache import JoinedRows, NewRows, WindowCache
 from memattn.nn.rotary import rotary
 from memattn.ops.attention import attention
 from memattn.ops.attention_decode import attention_decode
 from memattn.ops.feature_maps import elu_plus_one
-from memattn.ops.merge_states import gated_combine
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.state import MemoryState
 
@@ -39,7 +38,7 @@ class InfiniAttentionState(MemoryState):
         self.memory, self.written, self.segment = memory, written, segment
 
 
-class InfiniAttention(AttentionLayer):
+class InfiniAttention(GatedMemoryAttention):
     """Causal softmax attention inside segments, mixed per head with a linear memory of all segments before.
 
     Per segment s of segment_size tokens, with σ = ELU + 1 and β one number per query head:
@@ -77,6 +76,9 @@ class InfiniAttention(AttentionLayer):
         super().__init__(
             embed_dim,
             num_heads,
+            delta=delta,
+            rope_base=rope_base,
+            eps=eps,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             qk_norm=qk_norm,
@@ -87,16 +89,7 @@ class InfiniAttention(AttentionLayer):
         )
         if segment_size < 1:
             raise ValueError(f"{type(self).__name__}: segment_size is {segment_size}; allowed: ≥ 1")
-        if rope_base is not None and self.head_dim % 2:
-            raise ValueError(f"{type(self).__name__}: head_dim is {self.head_dim}; rotary positions need an even one")
-        self.segment_size, self.delta, self.rope_base, self.eps = segment_size, delta, rope_base, eps
-        self.beta = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
-        nn.init.zeros_(self.beta)
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter again, e.g. after `to_empty` brought the layer from the meta device."""
-        super().reset_parameters()
-        nn.init.zeros_(self.beta)
+        self.segment_size = segment_size
 
     def init_state(self, batch: int) -> InfiniAttentionState:
         """Nothing read yet; the memory is float32 (float64 for a float64 layer), the segment in the layer's dtype."""
@@ -142,11 +135,6 @@ class InfiniAttention(AttentionLayer):
         if padded is not None:
             y = padded.restore(y)
         return (y, self._after(memory, before, turned_k, v, new)) if return_state else y
-
-    def _turned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rope_base is None:
-            return q, k
-        return rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
 
     def _segments(
         self,
@@ -263,13 +251,8 @@ class InfiniAttention(AttentionLayer):
     def _rule(self) -> dict[str, Any]:
         return {"segment_size": self.segment_size, "delta": self.delta, "eps": self.eps}
 
-    def _mixed(self, recalled: Tensor, local: Tensor) -> Tensor:
-        """sigmoid(β) of the memory, the rest of the segment's own attention."""
-        return gated_combine(recalled, local, self.beta.sigmoid())
-
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, segment_size={self.segment_size}, rope_base={self.rope_base}"
-        return text if self.delta else f"{text}, delta=False"
+        return f"{super().extra_repr()}, segment_size={self.segment_size}"
 
 
 def _first(bounds: Tensor, limit: Tensor, total: int) -> Tensor:

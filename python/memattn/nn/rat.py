@@ -106,6 +106,7 @@ class _RATLayer(nn.Module):
         if rows is not None:
             x = rows.align(x)
         gate, *tensors = self._heads(x)
+        state = None if state is None else _entries_as(state, tensors[0].dtype)
         if rows is None:
             o, after = self._attend(tensors, state, cu_seqlens, return_state)
         else:
@@ -123,11 +124,12 @@ class _RATLayer(nn.Module):
         """
         self._check(x)
         state.make_room(x.shape[1], self._stride())
-        gate, q, k, v, g = self._heads(x)
+        gate, *qkv, g = self._heads(x)
+        q, k, v = (y.to(state.keys.dtype) for y in qkv)  # under autocast the state may be wider
         o = rat_attention_step(
             q, k, v, g, state, state_indices=state_indices, head_map="tile", backend=self.backend, **self._settings()
         )
-        return self._readout(gate, o), state
+        return self._readout(gate, o.to(gate.dtype)), state
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         """x [B, T, embed_dim] -> z [B, T, H·K], q, k [B, T, G, K], v [B, T, H, K], log gate [B, T, H, K]."""
@@ -170,6 +172,12 @@ class _RATLayer(nn.Module):
         text = f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, num_groups={self.num_groups}"
         text += "".join(f", {name}={value}" for name, value in self._settings().items() if value is not None)
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+
+def _entries_as(state: RATState, dtype: torch.dtype) -> RATState:
+    """The state with its entries in q's dtype, which autocast may have changed; averages stay wide."""
+    narrow = ("keys", "values", "local_keys", "local_values")
+    return state._map(lambda owner, name, x: x.to(dtype) if name in narrow else x)
 
 
 class RAT(_RATLayer):

@@ -8,8 +8,8 @@ M(i) is every token of the segment together with slot i itself (see="own": slots
 Sources: "own" with τ is Memformer (Wu et al. 2020, arXiv 2010.06891), with all keys projected MemBART; "none" is the
 memory attention of DT-Mem's released code (Kang et al. 2023, arXiv 2305.16338).
 
-It is attention over the tokens (M queries, T keys, no mask) joined with the slots' part, (v_i, s_ii) or attention over
-the slots, by the exact merge o = o_t + σ(ℓ_s − ℓ_t)(o_s − o_t), ℓ = log(e^{ℓ_s} + e^{ℓ_t}): nothing is concatenated.
+It is attention over the tokens whose softmax begins with what each slot has of the slots: the score and value of its
+own key, or ℓ and o of attention over all of them. Nothing is concatenated, and no second pass joins the two.
 """
 
 from __future__ import annotations
@@ -20,19 +20,55 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import resolve
+from memattn.ops._library import Differentiable, define_differentiable, resolve
 from memattn.reference import slot_write as reference
 from memattn.reference.attention import AttentionOutput, accumulate_dtype
 
 OP = "slot_write"
 SEE = ("own", "all", "none")
 
+# --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
+
+# scores [B, M, H] and values [B, M, H, V] are what the softmax of each slot begins with.
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? scores, Tensor? values, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+
+
+def _fake(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+def _backward_fake(do, dlse, o, lse, q, k, v, scores, values, *rest):
+    own = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (scores, values))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *own
+
+
+def _backward(op, saved, args, grads):
+    *tensors, o, lse = saved
+    do, dlse = grads
+    do = torch.zeros_like(o) if do is None else do.contiguous()
+    dq, dk, dv, *own = op(do, None if dlse is None else dlse.contiguous(), o, lse, *tensors, args[-1])
+    dscores, dvalues = (None if x is None else dx for x, dx in zip(tensors[3:5], own, strict=True))
+    return dq, dk, dv, dscores, dvalues, None, None, None
+
+
+FAMILY = Differentiable(
+    schema=f"({_ARGUMENTS}, float scale) -> (Tensor, Tensor)",
+    backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    outputs=2,
+    save=lambda args, outputs: (*args[:-1], *outputs),
+    backward=_backward,
+)
+define_differentiable(f"{OP}_cpu", FAMILY)
+_CPU = resolve(f"{OP}_cpu")
+
 _FEATURES = frozenset({"backward", "lengths", "packed"})
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
 backends.register(OP, "chunked", Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES))
 
 _PASSED = check.Passed()
-_NO_MASK = (0,) * 9  # causal, window, prefix_len, ..., q_offset of the attention stage
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -98,28 +134,23 @@ def _bounds(q: Tensor, k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | N
     return (row + 1) // 2 * q.shape[1], tokens
 
 
-def _attend(q, k, v, bounds, scale):
-    """The attention stage; with bounds over slots and tokens laid end to end."""
-    shape = q.shape[:3]
+def _gathered(q, k, v, scores, values, bounds, scale):
+    """The stage's o and lse; with bounds over slots and tokens laid end to end."""
+    shape, tensors = q.shape[:3], [q, k, v, scores, values]
     if bounds is not None:
-        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-    q, k, v, *bounds = check.contiguous(q, k, v, *(bounds or (None, None)))
-    o, lse = resolve("attention_cpu")(q, k, v, None, None, *bounds, *_NO_MASK, False, scale)
+        tensors = [None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in tensors]
+    o, lse = _CPU(*check.contiguous(*tensors, *(bounds or (None, None))), scale)
     return o.view(*shape, v.shape[3]), lse.view(shape)
 
 
 def _cpu(q, k_self, v_self, k, v, see, scale, bounds):
-    o, lse = _attend(q, k, v, bounds, scale)
-    if see == "none":
-        return AttentionOutput(o, lse)
-    dtype = accumulate_dtype(q.dtype)
+    scores = values = None
     if see == "own":
-        part, part_lse = v_self, scale * (q.to(dtype) * k_self.to(dtype)).sum(-1)
-    else:
-        part, part_lse = _attend(q, k_self, v_self, None, scale)
-    weight = (part_lse - lse).sigmoid()[..., None]  # part_lse is finite: no token seen gives 1
-    o = o.to(dtype)
-    return AttentionOutput((o + weight * (part.to(dtype) - o)).to(q.dtype), torch.logaddexp(part_lse, lse))
+        dtype = accumulate_dtype(q.dtype)
+        scores, values = scale * (q.to(dtype) * k_self.to(dtype)).sum(-1), v_self
+    elif see == "all":
+        values, scores = _gathered(q, k_self, v_self, None, None, None, scale)
+    return AttentionOutput(*_gathered(q, k, v, scores, values, bounds, scale))
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
