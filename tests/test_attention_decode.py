@@ -354,3 +354,17 @@ def test_the_c_entry_checks_what_memory_needs():
             op(*arguments)
     beyond, _ = op(q, k, v, n + 100, TABLE + 7, None, None, None, *rest)
     assert not beyond.any()
+
+
+@needs_cpu_kernels
+def test_positions_far_beyond_a_ring():
+    """Only torch.ops lets such a prefix through; the work is bounded by the ring all the same, and nothing overflows."""
+    q, cache = torch.randn(2, 1, 2, 16), torch.randn(2, 64, 2, 16)
+    for length in (2**31 - 1, 2**63 - 1):
+        seen = torch.tensor([length, length])
+        rest = None, None, None, None, 4, 1, 0, 2**62, 0, 0, 0, 0, False, 0.25
+        o, _ = torch.ops.memattn.attention_decode_cpu(q, cache, cache, seen, *rest)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), cache.transpose(1, 2), cache.transpose(1, 2), scale=0.25
+        )
+        torch.testing.assert_close(o, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)

@@ -8,13 +8,12 @@ import pytest
 import torch
 from support import layers
 from support.compare import relative_error
-from support.layers import Lacks, Subject
+from support.layers import Subject
 
 from memattn.nn import RAT, RATPlus
 from memattn.ops import RATState
 
 EMBED = 48
-UNCOMPILED = Lacks(compile="plain torch, which serves a window, reads the lengths of packed and padded rows")
 
 
 def rat(heads=2, **settings):
@@ -29,7 +28,7 @@ SUBJECTS = {
     "rat": Subject(rat(chunk_size=8), EMBED),
     "four heads": Subject(rat(4, chunk_size=5, rope_base=None), EMBED, chunk=5),
     "plus": Subject(plus(dilation=4), EMBED),
-    "plus, window": Subject(plus(dilation=4, window=3, prefix_len=2), EMBED, lacks=UNCOMPILED),
+    "plus, window": Subject(plus(dilation=4, window=3, prefix_len=2), EMBED),
 }
 
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (tables, one case a line)
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -87,8 +88,8 @@ def test_float16(case, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LOCAL_CASES, ids=lambda c: c.name)
-def test_window_and_prefix(case, dtype, device):
-    check(case, dtype, "chunked", device)
+def test_window_and_prefix(case, dtype, backend, device):
+    check(case, dtype, backend, device)
 
 
 @pytest.mark.parametrize("case", [*CASES, *EMPTY], ids=lambda c: c.name)
@@ -179,21 +180,43 @@ def test_rotation_is_a_complex_product():
 
 
 @pytest.mark.parametrize("cut", range(0, 38, 3))
-def test_window_and_prefix_split_anywhere(cut, device):
+def test_window_and_prefix_split_anywhere(cut, backend, device):
     inputs = LOCAL.make(device=device)
-    whole, final = forward(on("chunked"), inputs)
-    first, state = forward(on("chunked"), rows(inputs, 0, cut))
-    second, last = forward(on("chunked"), rows(inputs, cut, None), initial_state=state)
+    whole, final = forward(on(backend), inputs)
+    first, state = forward(on(backend), rows(inputs, 0, cut))
+    second, last = forward(on(backend), rows(inputs, cut, None), initial_state=state)
     assert relative_error(torch.cat([first, second], 1), whole) <= 2e-6
     assert_same_state(last, final, f"split at {cut}")
 
 
 @needs_cpu_kernels
 @pytest.mark.parametrize(
+    "change", [{}, {"lengths": (1, 0, 8, 9, 19)}, {"window": 1, "prefix_len": 20}, {"prefix_len": 0}], ids=str
+)
+def test_window_and_prefix_differentiate_through_states(change):
+    """Three calls in a row; gradients pass the local rows that a state holds."""
+    case = replace(LOCAL, length=37, **change)
+
+    def gradients(backend):
+        inputs = case.make(torch.float64, grad=True)
+        state, loss, cuts = None, 0.0, (0, 37) if case.lengths else (0, 2, 23, 37)
+        for a, b in [*itertools.pairwise(cuts), (0, 37)]:
+            part = {**rows(inputs, a, b), "initial_state": state}
+            o, state = on(backend)(**part, output_final_state=True)
+            loss = loss + o.square().sum() + state.local_keys.sum() + state.local_values.square().sum()
+        return torch.autograd.grad(loss, [inputs[n] for n in TENSORS])
+
+    for name, x, y in zip(TENSORS, gradients("cpu"), gradients("chunked"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
     "case",
     [replace(BASE, batch=1, heads=1, value_heads=1, length=700, chunk_size=16), replace(BASE, batch=1, heads=1, value_heads=2, length=600, chunk_size=300),
-     replace(PLUS, batch=1, heads=1, value_heads=1, length=400), replace(PACKED, heads=1, value_heads=1, lengths=(1, 0, 300, 9))],
-    ids=("rat", "long chunks", "plus", "packed"),
+     replace(PLUS, batch=1, heads=1, value_heads=1, length=400), replace(PACKED, heads=1, value_heads=1, lengths=(1, 0, 300, 9)),
+     replace(LOCAL, batch=1, heads=1, value_heads=1, length=400, window=70)],
+    ids=("rat", "long chunks", "plus", "packed", "window and prefix"),
 )  # fmt: skip
 def test_bits_do_not_depend_on_threads(case):
     before, results = torch.get_num_threads(), []
@@ -205,6 +228,31 @@ def test_bits_do_not_depend_on_threads(case):
         assert all(torch.equal(x, other[name]) for other in results[1:]), name
 
 
+@needs_cpu_kernels
+def test_step_costs_nothing_for_the_distance_between_rows():
+    """Rows at any position, also absurd ones, which only torch.ops lets through: no table of all positions between."""
+    q = torch.randn(3, 1, 2, 16)
+    g = -torch.rand(3, 1, 2, 16)
+    entries, running = torch.zeros(3, 2, 2, 16), torch.zeros(3, 2, 16)
+    length = torch.tensor([0, 2**62, 2**63 - 1])
+    parts = entries.clone(), entries.clone(), running.clone(), running.clone(), None, None, length
+    o = torch.ops.memattn.rat_attention_step_cpu(q, q, q, g, *parts, None, 0, 8, 1, 1, 0, 10000.0, False, 0.25)
+    alone = rat_attention(q[:1], q[:1], q[:1], g[:1], chunk_size=None, dilation=8, backend="cpu")[0]
+    assert torch.equal(o[:1], alone) and bool(o.isfinite().all())
+
+
+@needs_cpu_kernels
+def test_settings_of_any_size():
+    inputs = rows(replace(LOCAL, length=20).make(), 0, 20)
+    for large in (2**62, 2**63 - 1):
+        dense = forward(on("cpu"), inputs, window=20, dilation=large)[0]
+        for change in ({"window": large}, {"prefix_len": large}, {"dilation": 1}):
+            o, _ = on("cpu")(**{**inputs, "window": 0, "prefix_len": 0, "dilation": large, **change})
+            assert relative_error(o, dense) <= 2e-6, change
+        gated = forward(on("cpu"), inputs, dilation=None, window=0, prefix_len=0, chunk_size=large)[0]
+        assert gated.shape == dense.shape
+
+
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +262,6 @@ def test_bits_do_not_depend_on_threads(case):
     "case", [BASE, PLUS, replace(BASE, dim=24, head_map="tile"), LOCAL], ids=lambda c: c.name + str(c.dim)
 )
 def test_step_continues_prefill(case, tokens, dtype, backend, device):
-    if case is LOCAL and backend != "chunked":
-        pytest.skip("a window needs backend chunked")
     inputs = replace(case, length=42).make(dtype, device)
     truth, last = forward(definition, to_float64(inputs))
     first, state = forward(on(backend), rows(inputs, 0, 15))
@@ -294,8 +340,8 @@ VARIANTS = {
 def _arguments(case, grad):
     inputs = case.make(grad=grad)
     rule = case.rule
-    tensors = [inputs.get(n) for n in (*TENSORS, *STATE[:5], "cu_seqlens")]
-    return (*tensors, rule.restart, rule.stride, rule.unit, 10000.0, False, 0.25)
+    tensors = [inputs.get(n) for n in (*TENSORS, *STATE[:4], *STATE[5:], "length", "cu_seqlens")]
+    return (*tensors, rule.restart, rule.stride, rule.unit, rule.window, rule.prefix, 10000.0, False, 0.25)
 
 
 @needs_cpu_kernels
@@ -306,17 +352,17 @@ def test_opcheck(variant):
         result = torch.library.opcheck(resolve("rat_attention_cpu"), _arguments(case, grad))
         assert set(result.values()) == {"SUCCESS"}
     args = _arguments(case, False)
-    o, keys, values, key, value, lse = resolve("rat_attention_cpu")(*args)
-    cotangents = [torch.randn_like(x) for x in (o, keys, values, key, value)]
-    given = (*cotangents, o, keys, values, lse, *args)
+    o, keys, values, key, value, *local, lse = resolve("rat_attention_cpu")(*args)
+    cotangents = [torch.randn_like(x) for x in (o, keys, values, key, value, *local)]
+    given = (*cotangents, o, keys, values, *local, lse, *args)
     assert set(torch.library.opcheck(resolve("rat_attention_cpu_backward"), given).values()) == {"SUCCESS"}
 
 
 @needs_cpu_kernels
 def test_opcheck_step():
     inputs = replace(TINY, batch=2, length=1, start=(5, 7)).make()
-    tensors = (*(inputs[n] for n in (*TENSORS, *STATE[:5])), torch.tensor([1, -1]))
-    result = torch.library.opcheck(resolve("rat_attention_step_cpu"), (*tensors, 8, 8, 8, 10000.0, False, 0.25))
+    tensors = (*(inputs.get(n) for n in (*TENSORS, *STATE[:4], *STATE[5:], "length")), torch.tensor([1, -1]))
+    result = torch.library.opcheck(resolve("rat_attention_step_cpu"), (*tensors, 8, 8, 8, 1, 0, 10000.0, False, 0.25))
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -414,7 +460,6 @@ BAD = {
     "local rows": (dict(chunk_size=None, dilation=4, window=3, initial_state=state()), ValueError, "initial_state.local_keys is None; prefix_len 0 and window 3 keep 2 local rows"),
     "batch with cu_seqlens": (dict(cu_seqlens=torch.tensor([0, 6])), ValueError, "batch size is 2 with cu_seqlens"),
     "cuda": (dict(backend="cuda"), memattn.BackendError, "rat_attention has no cuda kernel; it has: triton, cpu, chunked"),
-    "window on cpu": (dict(chunk_size=None, dilation=4, window=3, backend="cpu"), memattn.BackendError, "cpu: window or prefix is not supported"),
 }  # fmt: skip
 
 

@@ -357,3 +357,11 @@ def test_step_refuses_several_tokens_and_gradients():
     one[0] = one[0].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="inference only"):
         segment_memory_step(*one, state, state.clone(), count, segment_size=4)
+
+
+def test_segment_longer_than_any_sequence(backend, device):
+    """Sums with the size of a segment must not overflow."""
+    inputs = replace(INFINI, length=40).make(device=device)
+    results = [on(backend)(**{**inputs, "segment_size": size}) for size in (40, 2**63 - 1)]
+    for x, y in zip(*results, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)

@@ -20,6 +20,7 @@ constexpr int kKeys = 64;         // of a tile
 constexpr int64_t kSpan = 512;    // keys of a task
 constexpr int64_t kQueries = 8;   // tokens of a task
 constexpr int64_t kBytesWorthAThread = 256 << 10;
+constexpr int64_t kFarthest = int64_t{1} << 48;  // position
 
 // Where the keys are: position -> slot (ring) -> row of the flattened cache (pages).
 struct CacheLayout {
@@ -161,9 +162,9 @@ class DecodeKernel {
     if (first >= last) return;
     const SeenKeys seen = d_.seen(b);
     const int64_t end = std::max(seen.range(last - 1).end, seen.prefix());
-    const int64_t kept = d_.cache.ring() ? std::max(seen.prefix(), d_.cache.ring_start) : seen.prefix();
-    const int64_t low = std::min(kept, end);
-    const int64_t high = std::max(low, std::max(seen.range(first).begin, d_.cache.oldest(d_.lengths[b])));
+    const int64_t low = std::min(d_.cache.ring() ? d_.cache.ring_start : seen.prefix(), end);
+    const int64_t wanted = seen.prefix() > low ? low : seen.range(first).begin;
+    const int64_t high = std::max({low, wanted, d_.cache.oldest(d_.lengths[b])});
     for (int64_t span = 0; span * kSpan < end; ++span) {
       if (span * kSpan >= low) span = std::max(span, high / kSpan);
       if (span * kSpan >= end) break;
@@ -372,7 +373,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   d.lengths = read_indices(cache_seqlens);
   for (int64_t& length : d.lengths) {
     length = std::max<int64_t>(length, 0);
-    if (!d.cache.ring() || d.cache.capacity == 0) length = std::min(length, d.cache.capacity);
+    length = std::min(length, d.cache.ring() && d.cache.capacity > 0 ? kFarthest : d.cache.capacity);
   }
   d.q = q.const_data_ptr();
   d.k = k_cache.const_data_ptr();

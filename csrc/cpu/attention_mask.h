@@ -15,6 +15,7 @@ struct AttentionMask {
   Causal causal;
   int64_t window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix, q_offset;
   bool causal_prefix = false;  // whether the prefix, too, is seen up to the query only
+  int64_t first = 0;           // keys before it, beyond the prefix, are not seen
 
   // The same mask for so many keys: a dilated grid beyond them leaves its window and its prefix, whose tiles can be
   // skipped.
@@ -37,15 +38,15 @@ struct AttentionMask {
     int64_t begin, end;
   };
   Range keys(int64_t i, int64_t length) const {
-    Range range{0, length};
+    Range range{first, length};
     if (summary > 0) {
-      range.end = i / summary;
+      range.end = std::max<int64_t>(i, 0) / summary;
     } else if (causal == Causal::tokens) {
       range.end = i + 1;
     }
     if (block_size > 0) {
       const int64_t block = i / block_size * block_size;
-      if (causal != Causal::blocks) range.begin = block;
+      if (causal != Causal::blocks) range.begin = std::max(range.begin, block);
       range.end = std::min(range.end, block + block_size);
     }
     if (window > 0) range.begin = std::max(range.begin, i - window + 1);

@@ -14,20 +14,24 @@
 
 namespace memattn::cpu {
 
-inline constexpr int kTokens = 128;  // of a tile, at most
+inline constexpr int kTokens = 128;                        // of a tile, at most
+inline constexpr int64_t kFarthest = int64_t{1} << 48;  // position, and size of what a setting counts in tokens
 
 // The op's arguments and sizes, checked.
 struct Rat {
   SequenceLayout tokens, entries;  // entries: rows of what the state held and of what the tokens leave
+  SequenceLayout local;            // the same of the rows that a window and a prefix keep of every token
   std::vector<int64_t> start;      // position of each sequence's first token
   int64_t heads, key_heads;
-  int64_t held, entry_rows;  // entries of a sequence in the initial state; rows of all of them per batch row
+  int64_t held, entry_rows;        // entries of a sequence in the initial state; rows of all of them per batch row
+  int64_t held_local, local_rows;  // local rows: the same
   int dim;
   Element element;
   const void *q, *k, *v, *g;              // [tokens, key_heads or heads, dim] of `element`; g in the accumulate type
   const void *keys, *values;              // [sequences, held, heads, dim] or null
   const void *running_key, *running_value;  // [sequences, heads, dim] in the accumulate type, or null
-  int64_t restart, stride, unit;
+  const void *local_keys, *local_values;    // [sequences, held_local, heads, dim] in order of position, or null
+  int64_t restart, stride, unit, window, prefix;
   double rope_base, scale;
   bool tile_heads;
 
@@ -40,10 +44,15 @@ struct Rat {
   int64_t width() const { return heads * dim; }
   bool starts_fresh(int64_t n) const { return restart > 0 && start[n] % restart == 0; }
   int64_t entries_before(int64_t n) const { return std::min(start[n] / stride, held); }
+  bool has_local() const { return window > 1 || prefix > 0; }
+  int64_t local_before(int64_t n) const { return std::min(start[n], held_local); }
+  // Local row of position 0, of those that are not the prefix.
+  int64_t local_origin(int64_t n) const { return local_before(n) - start[n]; }
+  int64_t local_row(int64_t n, int64_t p) const { return local.start(n) + p + local_origin(n); }
 };
 
 struct RatSettings {
-  int64_t restart, stride, unit;
+  int64_t restart, stride, unit, window, prefix;
   double rope_base;
   bool tile_heads;
   double scale;
@@ -53,10 +62,14 @@ using MaybeTensor = std::optional<Tensor>;
 
 Rat read_rat(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const MaybeTensor& keys,
              const MaybeTensor& values, const MaybeTensor& running_key, const MaybeTensor& running_value,
-             const MaybeTensor& length, const MaybeTensor& cu_seqlens, const RatSettings& settings);
+             const MaybeTensor& local_keys, const MaybeTensor& local_values, const MaybeTensor& length,
+             const MaybeTensor& cu_seqlens, const RatSettings& settings);
 
 // The entries as the keys that `queries` [tokens, heads, dim] see.
 Attention entry_attention(const Rat& rat, const void* queries, const void* keys, const void* values);
+
+// The local rows as the keys that they see: those before the query's own. The grid's entries leave these out.
+Attention local_attention(const Rat& rat, const void* queries, const void* keys, const void* values);
 
 // Rows first..last of a sequence; `fresh`: the running state does not come from the tile before.
 struct TokenTile {
@@ -83,13 +96,12 @@ inline std::vector<TokenTile> token_tiles(const Rat& rat, int64_t n) {
 
 template <class Acc>
 Rotary<Acc> rotary_of(const Rat& rat) {
-  int64_t first = std::numeric_limits<int64_t>::max(), last = -1;
+  std::vector<typename Rotary<Acc>::Span> spans;
   for (int64_t n = 0; n < rat.tokens.count(); ++n) {
     if (rat.tokens.length(n) == 0) continue;
-    first = std::min(first, rat.start[n] / rat.unit);
-    last = std::max(last, (rat.start[n] + rat.tokens.length(n) - 1) / rat.unit);
+    spans.push_back({rat.start[n] / rat.unit, (rat.start[n] + rat.tokens.length(n) - 1) / rat.unit});
   }
-  return {rat.rope_base, rat.dim, first, last};
+  return {rat.rope_base, rat.dim, std::move(spans)};
 }
 
 // Running key and value of one head.

@@ -14,11 +14,14 @@ constexpr const char* kOp = "rat_attention_cpu_backward";
 struct RatGradients {
   const void *o, *d_o, *lse;                             // as forward's results
   const void *turned_dq, *d_keys, *d_values;             // of the turned queries and of the entries, from attention
+  const void *local_dq, *d_local_keys, *d_local_values;  // the same of the local rows
   const void *d_out_keys, *d_out_values;                 // cotangents, each or null
   const void *d_running_key, *d_running_value;           // the same
+  const void *d_out_local_keys, *d_out_local_values;     // the same
   void *dq, *dk, *dv, *dg;                               // like the inputs
   void *d_held_keys, *d_held_values;                     // [sequences, held, heads, dim] or null
   void *d_initial_key, *d_initial_value;                 // [sequences, heads, dim] or null
+  void *d_held_local_keys, *d_held_local_values;         // [sequences, held_local, heads, dim] or null
 };
 
 template <class E>
@@ -138,14 +141,15 @@ class RatBackward {
     const int rows = static_cast<int>(tile.last - tile.first), ld = s_.ld_key, dim = rat_.dim;
     t.scan.run(rat_, isa_, tile, h, before);
     own_entries(token, p, rows, h, t);
-    for (int i = 0; i < rows; ++i) {
-      Acc* turned = t.out + int64_t{i} * ld;  // holds the gradient of the turned query by now
-      rotary_.turn_back(turned, turned, (p + i) / rat_.unit);
-      for (int c = 0; c < dim; ++c) t.dq[int64_t{i} * ld + c] += turned[c];
-    }
+    add_turned(g_.turned_dq, token, p, rows, h, t);
+    if (rat_.has_local()) add_turned(g_.local_dq, token, p, rows, h, t);
     for (int64_t i = rat_.stride - 1 - p % rat_.stride; i < rows; i += rat_.stride) {
       const int64_t row = rat_.entries.start(n) + (p + i + 1) / rat_.stride - 1;
-      add_entry(row * rat_.width() + rat_.row(h), (p + i) / rat_.unit, t.d_key + i * ld, t.d_value + i * ld, t);
+      add_entry({g_.d_keys, g_.d_out_keys}, {g_.d_values, g_.d_out_values}, row * rat_.width() + rat_.row(h), p + i, i, t);
+    }
+    for (int64_t i = 0; rat_.has_local() && i < rows; ++i) {
+      add_entry({g_.d_local_keys, g_.d_out_local_keys}, {g_.d_local_values, g_.d_out_local_values},
+                rat_.local_row(n, p + i) * rat_.width() + rat_.row(h), p + i, i, t);
     }
     const auto& table = scan::row_table<Acc>();
     std::fill(t.dv, t.dv + int64_t{rows} * ld, Acc(0));
@@ -182,7 +186,8 @@ class RatBackward {
       const Acc lse = static_cast<const Acc*>(g_.lse)[(token + i) * rat_.heads + h];
       const Acc weight = std::exp(static_cast<Acc>(rat_.scale) * t.score[i] - lse);
       t.score[i] = weight;
-      const bool alone = (p + i) / rat_.stride == 0;  // then o is the running value, and Δ only differs by o's rounding
+      // Alone, o is the running value, and Δ only differs by o's rounding.
+      const bool alone = (p + i) / (rat_.has_local() ? 1 : rat_.stride) == 0;
       t.gain[i] = alone ? Acc(0) : static_cast<Acc>(rat_.scale) * weight * (t.gain[i] - t.delta[i]);
     }
     std::fill(t.d_key, t.d_key + int64_t{rows} * ld, Acc(0));
@@ -190,22 +195,39 @@ class RatBackward {
     isa_.add_rows(t.dq, ld, t.gain, t.scan.key(1), ld, rows, width);
     isa_.add_rows(t.d_key, ld, t.gain, t.q, ld, rows, width);
     isa_.add_rows(t.d_value, ld, t.score, t.d_o, ld, rows, width);
-    load(t.out, g_.turned_dq);
   }
 
-  // The gradient of the entry at element `at`, turned back, joins that of the token that left it.
-  void add_entry(int64_t at, int64_t position, Acc* d_key, Acc* d_value, Temporaries& t) const {
-    const int dim = rat_.dim;
-    const auto add = [&](Acc* sum, const void* from, bool turned) {
-      if (!from) return;
-      isa_.load_rows(t.entry, s_.ld_key, 1, s_.key_dim, offset(from, rat_.element, at), rat_.element, 0, 1, dim);
-      if (turned) rotary_.turn_back(t.entry, t.entry, position);
-      for (int c = 0; c < dim; ++c) sum[c] += t.entry[c];
+  // The gradient of turned queries, turned back, joins dq.
+  void add_turned(const void* turned_dq, int64_t token, int64_t p, int rows, int64_t h, Temporaries& t) const {
+    const int ld = s_.ld_key;
+    load_head(isa_, t.out, ld, rows, s_.key_dim, turned_dq, rat_.element, token, rat_.heads, h, rows, rat_.dim);
+    for (int i = 0; i < rows; ++i) {
+      Acc* turned = t.out + int64_t{i} * ld;
+      rotary_.turn_back(turned, turned, (p + i) / rat_.unit);
+      for (int c = 0; c < rat_.dim; ++c) t.dq[int64_t{i} * ld + c] += turned[c];
+    }
+  }
+
+  // The gradients of what token i of the tile left at element `at`, the keys' turned back, join its own.
+  void add_entry(std::initializer_list<const void*> keys, std::initializer_list<const void*> values, int64_t at,
+                 int64_t position, int64_t i, Temporaries& t) const {
+    const auto load = [&](const void* from) {
+      isa_.load_rows(t.entry, s_.ld_key, 1, s_.key_dim, offset(from, rat_.element, at), rat_.element, 0, 1, rat_.dim);
     };
-    add(d_key, g_.d_keys, true);
-    add(d_key, g_.d_out_keys, true);
-    add(d_value, g_.d_values, false);
-    add(d_value, g_.d_out_values, false);
+    const auto add = [&](Acc* sum) {
+      for (int c = 0; c < rat_.dim; ++c) sum[c] += t.entry[c];
+    };
+    for (const void* from : keys) {
+      if (!from) continue;
+      load(from);
+      rotary_.turn_back(t.entry, t.entry, position / rat_.unit);
+      add(t.d_key + i * s_.ld_key);
+    }
+    for (const void* from : values) {
+      if (!from) continue;
+      load(from);
+      add(t.d_value + i * s_.ld_key);
+    }
   }
 
   // Of the entries that the state held, and of the running state where there were no tokens.
@@ -218,6 +240,12 @@ class RatBackward {
         const int64_t from = (rat_.entries.start(n) + c) * width, to = (n * rat_.held + c) * width;
         held_gradient(g_.d_held_keys, g_.d_keys, g_.d_out_keys, from, to, c < rat_.entries_before(n), sum, part);
         held_gradient(g_.d_held_values, g_.d_values, g_.d_out_values, from, to, c < rat_.entries_before(n), sum, part);
+      }
+      for (int64_t c = 0; c < rat_.held_local; ++c) {
+        const int64_t from = (rat_.local.start(n) + c) * width, to = (n * rat_.held_local + c) * width;
+        const bool used = c < rat_.local_before(n);
+        held_gradient(g_.d_held_local_keys, g_.d_local_keys, g_.d_out_local_keys, from, to, used, sum, part);
+        held_gradient(g_.d_held_local_values, g_.d_local_values, g_.d_out_local_values, from, to, used, sum, part);
       }
       if (rat_.tokens.length(n) > 0) continue;
       for (const auto& [to, from] : {std::pair(g_.d_initial_key, g_.d_running_key),
@@ -271,18 +299,21 @@ void turn_queries(const Rat& rat, const Primitives<E>& isa, const Rotary<Accumul
   }
 }
 
-using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors10 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const void* data(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-Tensors8 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor d_out_values, MaybeTensor d_final_key,
-                                MaybeTensor d_final_value, Tensor o, Tensor out_keys, Tensor out_values, Tensor lse,
-                                Tensor q, Tensor k, Tensor v, Tensor g, MaybeTensor keys, MaybeTensor values,
-                                MaybeTensor running_key, MaybeTensor running_value, MaybeTensor length,
-                                MaybeTensor cu_seqlens, int64_t restart, int64_t stride, int64_t unit, double rope_base,
-                                bool tile_heads, double scale) {
-  const Rat rat = read_rat(kOp, q, k, v, g, keys, values, running_key, running_value, length, cu_seqlens,
-                           {restart, stride, unit, rope_base, tile_heads, scale});
+Tensors10 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor d_out_values, MaybeTensor d_final_key,
+                                 MaybeTensor d_final_value, MaybeTensor d_out_local_keys, MaybeTensor d_out_local_values,
+                                 Tensor o, Tensor out_keys, Tensor out_values, Tensor out_local_keys,
+                                 Tensor out_local_values, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor g,
+                                 MaybeTensor keys, MaybeTensor values, MaybeTensor running_key,
+                                 MaybeTensor running_value, MaybeTensor local_keys, MaybeTensor local_values,
+                                 MaybeTensor length, MaybeTensor cu_seqlens, int64_t restart, int64_t stride,
+                                 int64_t unit, int64_t window, int64_t prefix_len, double rope_base, bool tile_heads,
+                                 double scale) {
+  const Rat rat = read_rat(kOp, q, k, v, g, keys, values, running_key, running_value, local_keys, local_values, length,
+                           cu_seqlens, {restart, stride, unit, window, prefix_len, rope_base, tile_heads, scale});
   const ScalarType type = v.scalar_type(), sums = state_dtype(type);
   const int64_t batch = v.size(0), heads = v.size(2), dim = v.size(3), count = rat.tokens.count();
   check_tensor(kOp, "do", d_o, {type}, {batch, v.size(1), heads, dim});
@@ -292,6 +323,11 @@ Tensors8 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor 
   check_tensor(kOp, "out_values", out_values, {type}, {batch, rat.entry_rows, heads, dim});
   check_tensor(kOp, "dout_keys", d_out_keys, {type}, {batch, rat.entry_rows, heads, dim});
   check_tensor(kOp, "dout_values", d_out_values, {type}, {batch, rat.entry_rows, heads, dim});
+  for (const auto& [name, rows] : {std::pair("out_local_keys", &out_local_keys), {"out_local_values", &out_local_values}}) {
+    check_tensor(kOp, name, *rows, {type}, {batch, rat.local_rows, heads, dim});
+  }
+  check_tensor(kOp, "dlocal_keys", d_out_local_keys, {type}, {batch, rat.local_rows, heads, dim});
+  check_tensor(kOp, "dlocal_values", d_out_local_values, {type}, {batch, rat.local_rows, heads, dim});
   check_tensor(kOp, "dfinal_key", d_final_key, {sums}, {count, heads, dim});
   check_tensor(kOp, "dfinal_value", d_final_value, {sums}, {count, heads, dim});
 
@@ -303,6 +339,10 @@ Tensors8 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor 
   Tensor d_values = torch::stable::empty_like(out_values), turned = torch::stable::empty_like(v);
   Tensor turned_dq = torch::stable::empty_like(v), d_held_keys = like(keys), d_held_values = like(values);
   Tensor d_initial_key = like(running_key), d_initial_value = like(running_value);
+  Tensor d_local_keys = torch::stable::empty_like(out_local_keys), local_dq = rat.has_local() ? torch::stable::empty_like(v)
+                                                                                              : like(std::nullopt);
+  Tensor d_local_values = torch::stable::empty_like(out_local_values);
+  Tensor d_held_local_keys = like(local_keys), d_held_local_values = like(local_values);
   with_primitives(type, [&]<class E>(const Primitives<E>& isa) {
     const Rotary<AccumulateOf<E>> rotary = rotary_of<AccumulateOf<E>>(rat);
     turn_queries(rat, isa, rotary, turned.mutable_data_ptr());
@@ -311,17 +351,29 @@ Tensors8 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor 
                   {o.const_data_ptr(), d_o.const_data_ptr(), lse.const_data_ptr(), nullptr, turned_dq.mutable_data_ptr(),
                    d_keys.mutable_data_ptr(), d_values.mutable_data_ptr(), nullptr},
                   nullptr);
+    if (rat.has_local()) {
+      differentiate(local_attention(rat, turned.const_data_ptr(), out_local_keys.const_data_ptr(),
+                                    out_local_values.const_data_ptr()),
+                    type,
+                    {o.const_data_ptr(), d_o.const_data_ptr(), lse.const_data_ptr(), nullptr,
+                     local_dq.mutable_data_ptr(), d_local_keys.mutable_data_ptr(), d_local_values.mutable_data_ptr(),
+                     nullptr},
+                    nullptr);
+    }
     const AttentionSizes sizes(a, isa.unit, kTokens);
     const auto wanted = [&](Tensor& x) { return keys ? x.mutable_data_ptr() : nullptr; };
     RatBackward<E>(rat, isa, sizes, rotary,
                    {o.const_data_ptr(), d_o.const_data_ptr(), lse.const_data_ptr(), turned_dq.const_data_ptr(),
-                    d_keys.const_data_ptr(), d_values.const_data_ptr(), data(d_out_keys), data(d_out_values),
-                    data(d_final_key), data(d_final_value), dq.mutable_data_ptr(), dk.mutable_data_ptr(),
-                    dv.mutable_data_ptr(), dg.mutable_data_ptr(), wanted(d_held_keys), wanted(d_held_values),
-                    wanted(d_initial_key), wanted(d_initial_value)})
+                    d_keys.const_data_ptr(), d_values.const_data_ptr(), local_dq.const_data_ptr(),
+                    d_local_keys.const_data_ptr(), d_local_values.const_data_ptr(), data(d_out_keys),
+                    data(d_out_values), data(d_final_key), data(d_final_value), data(d_out_local_keys),
+                    data(d_out_local_values), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
+                    dg.mutable_data_ptr(), wanted(d_held_keys), wanted(d_held_values), wanted(d_initial_key),
+                    wanted(d_initial_value), wanted(d_held_local_keys), wanted(d_held_local_values)})
         .run(torch::stable::get_num_threads());
   });
-  return {dq, dk, dv, dg, d_held_keys, d_held_values, d_initial_key, d_initial_value};
+  return {dq, dk, dv, dg, d_held_keys, d_held_values, d_initial_key, d_initial_value, d_held_local_keys,
+          d_held_local_values};
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ constexpr int64_t kRange = 256;  // entries of a task
 struct RatPool {
   void *keys, *values;                // [rows, capacity, heads, dim] of the element type
   void *running_key, *running_value;  // [rows, heads, dim] in the accumulate type
-  int64_t rows, capacity;
+  void *local_keys, *local_values;    // [rows, local, heads, dim] of the element type, or null
+  int64_t rows, capacity, local;
 };
 
 // A softmax over some entries, of every head: out [heads, ld] = sum of e^{score - most} times values, sum of the weights.
@@ -72,7 +73,27 @@ class RatStep {
  private:
   // Ranges of the entries that the token at position p sees.
   int64_t ranges_of(int64_t p) const { return (seen(p) + kRange - 1) / kRange; }
-  int64_t seen(int64_t p) const { return std::min(p / rat_.stride, pool_.capacity); }
+  int64_t seen(int64_t p) const {
+    const int64_t prefix = std::min(rat_.prefix, p);
+    return seen_of_grid(p) + prefix + p - std::max(left(p), prefix);
+  }
+  // The first position inside the window.
+  int64_t left(int64_t p) const { return std::max<int64_t>(p - (rat_.window - 1), 0); }
+  int64_t seen_of_grid(int64_t p) const {
+    return std::max<int64_t>(std::min(left(p) / rat_.stride, pool_.capacity) - rat_.prefix / rat_.stride, 0);
+  }
+
+  // Where entry i of those that the token at p sees lies: first the grid, then the prefix, then the window.
+  struct Place {
+    bool local;
+    int64_t row;
+  };
+  Place place(int64_t p, int64_t i) const {
+    const int64_t grid = seen_of_grid(p), prefix = std::min(rat_.prefix, p);
+    if (i < grid) return {false, rat_.prefix / rat_.stride + i};
+    if (i < grid + prefix) return {true, i - grid};
+    return {true, rat_.prefix + (std::max(left(p), rat_.prefix) + i - grid - prefix) % (rat_.window - 1)};
+  }
 
   void take_parts(Arena& arena, int64_t batch, int64_t ranges) {
     turned_ = arena.take<Acc>(batch * heads_ * ld_);
@@ -122,14 +143,14 @@ class RatStep {
   // Part range + 1 of row b: its entries, tile by tile; every key and value is read once, all heads in one sweep.
   void read_range(int64_t b, int64_t row, int64_t i, int64_t range, const StepRows<E>& t) const {
     const SoftmaxPart<Acc>& own = part(b, range + 1);
-    const int64_t end = std::min((range + 1) * kRange, seen(rat_.start[b] + i));
+    const int64_t p = rat_.start[b] + i, end = std::min((range + 1) * kRange, seen(p));
     std::fill(own.out, own.out + heads_ * ld_, Acc(0));
     std::fill(own.most, own.most + heads_, -std::numeric_limits<Acc>::infinity());
     std::fill(own.sum, own.sum + heads_, Acc(0));
     for (int64_t from = range * kRange; from < end; from += kKeys) {
       const int count = static_cast<int>(std::min<int64_t>(kKeys, end - from)), padded = round_up(count, isa_.unit);
       for (int j = 0; j < count; ++j) {
-        const auto [keys, ld] = entry(pool_.keys, row, from + j, t.entry);
+        const auto [keys, ld] = entry(pool_.keys, pool_.local_keys, row, place(p, from + j), t.entry);
         isa_.dot_rows(t.scores + j * heads_, keys, ld, turned(b), ld_, heads_, width_);
       }
       for (int h = 0; h < heads_; ++h) {
@@ -141,15 +162,16 @@ class RatStep {
       isa_.scale_rows(own.out, ld_, t.shrink, heads_, width_);
       for (int j = 0; j < count; ++j) {
         for (int h = 0; h < heads_; ++h) t.scores[j * heads_ + h] = t.by_head[h * kKeys + j];
-        const auto [values, ld] = entry(pool_.values, row, from + j, t.entry);
+        const auto [values, ld] = entry(pool_.values, pool_.local_values, row, place(p, from + j), t.entry);
         isa_.add_rows(own.out, ld_, t.scores + j * heads_, values, ld, heads_, width_);
       }
     }
   }
 
-  // Entry c of a row [heads, dim] and its leading dimension: in place where it is of the accumulate type and fills vectors.
-  std::pair<const Acc*, int> entry(const void* base, int64_t row, int64_t c, Acc* buffer) const {
-    const void* from = offset(base, rat_.element, (row * pool_.capacity + c) * rat_.width());
+  // An entry of a row [heads, dim] and its leading dimension: in place where it is of the accumulate type and fills vectors.
+  std::pair<const Acc*, int> entry(const void* grid, const void* local, int64_t row, Place at, Acc* buffer) const {
+    const void* from = at.local ? offset(local, rat_.element, (row * pool_.local + at.row) * rat_.width())
+                                : offset(grid, rat_.element, (row * pool_.capacity + at.row) * rat_.width());
     if (rat_.element == element_of_accumulate<Acc>() && width_ == rat_.dim) {
       return {static_cast<const Acc*>(from), rat_.dim};
     }
@@ -170,7 +192,7 @@ class RatStep {
         inverse = 1 / join(b, h, ranges_of(p));
       }
       isa_.store_rows(offset(o_, rat_.element, at + rat_.row(h)), rat_.element, 0, out, ld_, &inverse, 1, rat_.dim);
-      if (row >= 0) leave_entry(row, h, p, out);
+      if (row >= 0) leave(row, h, p, out);
     }
   }
 
@@ -189,15 +211,20 @@ class RatStep {
     return total;
   }
 
-  void leave_entry(int64_t row, int64_t h, int64_t p, Acc* buffer) const {
-    const int64_t c = (p + 1) / rat_.stride - 1, held = row * rat_.width() + rat_.row(h);
-    if ((p + 1) % rat_.stride != 0 || c >= pool_.capacity) return;
-    const int64_t at = (row * pool_.capacity + c) * rat_.width() + rat_.row(h);
+  // What later tokens see of this one.
+  void leave(int64_t row, int64_t h, int64_t p, Acc* buffer) const {
+    const int64_t held = row * rat_.width() + rat_.row(h), c = (p + 1) / rat_.stride - 1, recent = rat_.window - 1;
     std::copy_n(static_cast<const Acc*>(pool_.running_key) + held, rat_.dim, buffer);
     rotary_.turn(buffer, buffer, p / rat_.unit);
-    isa_.store_rows(offset(pool_.keys, rat_.element, at), rat_.element, 0, buffer, ld_, nullptr, 1, rat_.dim);
-    isa_.store_rows(offset(pool_.values, rat_.element, at), rat_.element, 0,
-                    static_cast<const Acc*>(pool_.running_value) + held, ld_, nullptr, 1, rat_.dim);
+    const auto put = [&](void* keys, void* values, int64_t rows, int64_t to) {
+      const int64_t at = (row * rows + to) * rat_.width() + rat_.row(h);
+      isa_.store_rows(offset(keys, rat_.element, at), rat_.element, 0, buffer, ld_, nullptr, 1, rat_.dim);
+      isa_.store_rows(offset(values, rat_.element, at), rat_.element, 0,
+                      static_cast<const Acc*>(pool_.running_value) + held, ld_, nullptr, 1, rat_.dim);
+    };
+    if ((p + 1) % rat_.stride == 0 && c < pool_.capacity) put(pool_.keys, pool_.values, pool_.capacity, c);
+    if (p < rat_.prefix) put(pool_.local_keys, pool_.local_values, pool_.local, p);
+    if (recent > 0) put(pool_.local_keys, pool_.local_values, pool_.local, rat_.prefix + p % recent);
   }
 
   const Rat& rat_;
@@ -212,10 +239,12 @@ class RatStep {
 };
 
 Tensor rat_attention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor keys, Tensor values, Tensor running_key,
-                          Tensor running_value, Tensor length, MaybeTensor state_indices, int64_t restart,
-                          int64_t stride, int64_t unit, double rope_base, bool tile_heads, double scale) {
-  Rat rat = read_rat(kOp, q, k, v, g, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                     {restart, stride, unit, rope_base, tile_heads, scale});
+                          Tensor running_value, MaybeTensor local_keys, MaybeTensor local_values, Tensor length,
+                          MaybeTensor state_indices, int64_t restart, int64_t stride, int64_t unit, int64_t window,
+                          int64_t prefix_len, double rope_base, bool tile_heads, double scale) {
+  constexpr auto none = std::nullopt;
+  Rat rat = read_rat(kOp, q, k, v, g, none, none, none, none, none, none, none, none,
+                     {restart, stride, unit, window, prefix_len, rope_base, tile_heads, scale});
   const int64_t batch = v.size(0), heads = v.size(2), dim = v.size(3), pool = length.numel();
   const ScalarType type = v.scalar_type(), sums = state_dtype(type);
   check_tensor(kOp, "length", length, {ScalarType::Long}, {state_indices ? kAnySize : batch});
@@ -223,6 +252,12 @@ Tensor rat_attention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor keys, T
   check_tensor(kOp, "values", values, {type}, {pool, keys.size(1), heads, dim});
   check_tensor(kOp, "running_key", running_key, {sums}, {pool, heads, dim});
   check_tensor(kOp, "running_value", running_value, {sums}, {pool, heads, dim});
+  if (rat.has_local() != local_keys.has_value() || rat.has_local() != local_values.has_value()) {
+    fail(kOp, "local_keys and local_values must be given where there is a window or a prefix, and only there");
+  }
+  const int64_t local = rat.prefix + rat.window - 1;
+  check_tensor(kOp, "local_keys", local_keys, {type}, {pool, local, heads, dim});
+  check_tensor(kOp, "local_values", local_values, {type}, {pool, local, heads, dim});
   check_tensor(kOp, "state_indices", state_indices, {ScalarType::Int, ScalarType::Long}, {batch});
   std::vector<int64_t> rows = state_indices ? read_indices(*state_indices) : std::vector<int64_t>();
   auto* lengths = static_cast<int64_t*>(length.mutable_data_ptr());
@@ -230,12 +265,20 @@ Tensor rat_attention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor keys, T
     if (!state_indices) rows.push_back(b);
     if (rows[b] >= pool) rows[b] = -1;  // an index that must not be followed
     if (rows[b] < 0) continue;
-    rat.start[b] = std::max<int64_t>(lengths[rows[b]], 0);
+    rat.start[b] = std::clamp<int64_t>(lengths[rows[b]], 0, kFarthest);
     lengths[rows[b]] = rat.start[b] + v.size(1);
   }
   Tensor o = torch::stable::empty_like(v);
-  const RatPool to{keys.mutable_data_ptr(), values.mutable_data_ptr(), running_key.mutable_data_ptr(),
-                   running_value.mutable_data_ptr(), pool, keys.size(1)};
+  const auto rows_of = [](const MaybeTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
+  const RatPool to{keys.mutable_data_ptr(),
+                   values.mutable_data_ptr(),
+                   running_key.mutable_data_ptr(),
+                   running_value.mutable_data_ptr(),
+                   rows_of(local_keys),
+                   rows_of(local_values),
+                   pool,
+                   keys.size(1),
+                   local};
   with_primitives(type, [&]<class E>(const Primitives<E>& isa) {
     RatStep<E>(rat, isa, to, o.mutable_data_ptr()).run(rows, torch::stable::get_num_threads());
   });

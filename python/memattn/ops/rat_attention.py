@@ -112,11 +112,14 @@ class RATState(MemoryState):
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? keys, Tensor? values, Tensor? running_key, Tensor? running_value, "
-    "Tensor? length, Tensor? cu_seqlens"
+    "Tensor? local_keys, Tensor? local_values, Tensor? length, Tensor? cu_seqlens"  # local rows in order of position
 )
 _TENSORS = _ARGUMENTS.count(",") + 1
-_DIFFERENTIABLE = 8
-_SETTINGS = "int restart, int stride, int unit, float rope_base, bool tile_heads, float scale"  # rope_base 0: none
+_DIFFERENTIABLE = 10
+# rope_base 0: none.
+_SETTINGS = (
+    "int restart, int stride, int unit, int window, int prefix_len, float rope_base, bool tile_heads, float scale"
+)
 
 
 def _entries(q: Tensor, v: Tensor, keys: Tensor | None, cu_seqlens: Tensor | None, stride: int):
@@ -127,49 +130,64 @@ def _entries(q: Tensor, v: Tensor, keys: Tensor | None, cu_seqlens: Tensor | Non
     return (1, q.shape[1] // stride + (cu_seqlens.shape[0] - 1) * (held + 1), *v.shape[2:])
 
 
-def _fake(q, k, v, g, keys, values, running_key, running_value, length, cu_seqlens, restart, stride, *rest):
+def _local_rows(q: Tensor, v: Tensor, local_keys: Tensor | None, cu_seqlens: Tensor | None, window, prefix_len):
+    """Shape of all local rows: of the state and new. Packed sequence n from token a has rows a + n·R + …"""
+    held = 0 if local_keys is None else local_keys.shape[1]
+    if window == 1 and prefix_len == 0:
+        return (q.shape[0], 0, *v.shape[2:])
+    return (q.shape[0], q.shape[1] + held * (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1), *v.shape[2:])
+
+
+def _fake(
+    q, k, v, g, keys, values, running_key, running_value, local_keys, local_values, length, cu_seqlens,
+    restart, stride, unit, window, prefix_len, *rest,
+):  # fmt: skip
     entries = _entries(q, v, keys, cu_seqlens, stride)
     running = (sequences(q, cu_seqlens), *v.shape[2:])
+    local = _local_rows(q, v, local_keys, cu_seqlens, window, prefix_len)
     return (
         torch.empty_like(v), v.new_empty(entries), v.new_empty(entries), g.new_empty(running), g.new_empty(running),
-        g.new_empty(v.shape[:3]),
+        v.new_empty(local), v.new_empty(local), g.new_empty(v.shape[:3]),
     )  # fmt: skip
 
 
-def _backward_fake(do, dkeys, dvalues, drunning_key, drunning_value, o, out_keys, out_values, lse, *rest):
-    given = rest[:_DIFFERENTIABLE]
+def _backward_fake(do, *rest):
+    lse, given = rest[11], rest[12 : 12 + _DIFFERENTIABLE]
     return tuple(lse.new_empty(0) if x is None else torch.empty_like(x) for x in given)
 
 
 def _save(args, outputs):
-    o, keys, values, _, _, lse = outputs
-    return (*args[:_TENSORS], o, keys, values, lse)
+    o, keys, values, _, _, local_keys, local_values, lse = outputs
+    return (*args[:_TENSORS], o, keys, values, local_keys, local_values, lse)
 
 
 def _backward(op, saved, args, grads):
-    *tensors, o, keys, values, lse = saved
+    tensors, results = saved[:_TENSORS], saved[_TENSORS:]
+    o = results[0]
     do = torch.zeros_like(o) if grads[0] is None else grads[0].contiguous()
-    cotangents = (None if d is None else d.contiguous() for d in grads[1:5])
-    results = op(do, *cotangents, o, keys, values, lse, *tensors, *args[_TENSORS:])
+    cotangents = (None if d is None else d.contiguous() for d in grads[1:7])
+    gradients = op(do, *cotangents, *results, *tensors, *args[_TENSORS:])
     given = tensors[:_DIFFERENTIABLE]
-    gradients = (None if x is None else dx for x, dx in zip(given, results, strict=True))
+    gradients = (None if x is None else dx for x, dx in zip(given, gradients, strict=True))
     return *gradients, *(None,) * (len(args) - _DIFFERENTIABLE)
 
 
 FAMILY = Differentiable(
-    schema=f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, {_SETTINGS}) -> ({', '.join(['Tensor'] * 8)})",
     backward_schema="(Tensor do, Tensor? dout_keys, Tensor? dout_values, Tensor? dfinal_key, Tensor? dfinal_value, "
-    f"Tensor o, Tensor out_keys, Tensor out_values, Tensor lse, {_ARGUMENTS}, {_SETTINGS})"
+    "Tensor? dlocal_keys, Tensor? dlocal_values, Tensor o, Tensor out_keys, Tensor out_values, Tensor out_local_keys, "
+    f"Tensor out_local_values, Tensor lse, {_ARGUMENTS}, {_SETTINGS})"
     f" -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
     fake=_fake,
     backward_fake=_backward_fake,
-    outputs=5,
+    outputs=7,
     save=_save,
     backward=_backward,
 )
 STEP_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) running_key, "
-    f"Tensor(d!) running_value, Tensor(e!) length, Tensor? state_indices, {_SETTINGS}) -> Tensor"
+    "Tensor(d!) running_value, Tensor(f!)? local_keys, Tensor(h!)? local_values, Tensor(e!) length, "
+    f"Tensor? state_indices, {_SETTINGS}) -> Tensor"
 )
 define_differentiable(f"{OP}_cpu", FAMILY)
 define(f"{STEP}_cpu", STEP_SCHEMA, lambda q, k, v, *rest: torch.empty_like(v))
@@ -179,11 +197,11 @@ _LOCAL, _LOCAL_STATE = frozenset({"window or prefix"}), frozenset({"window or pr
 _ANYWHERE = ("cpu", "cuda", "xpu")
 _NATIVE = backends.needs_native("_C")
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
-backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING | _LOCAL))
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE, features=_TRAINING))
 _ALL = _TRAINING | _LOCAL | _LOCAL_STATE
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_TRAINING | _LOCAL))
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE, features=_ALL))
 backends.register(OP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_ALL))
-backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE))
+backends.register(STEP, "cpu", Limits(("cpu",), check.FLOATS, _NATIVE, features=_LOCAL))
 backends.register(STEP, "chunked", Limits(_ANYWHERE, check.FLOATS, backends.always, features=_LOCAL))
 
 _PASSED = check.Passed()
@@ -357,11 +375,12 @@ def rat_attention(
             room = rule.kept(_longest(q, cu_seqlens))
             o, final = _rat_stages.forward(q, k, v, g, before, cu_seqlens, form, output_final_state, room)
         return o, None if final is None else RATState(*final)
-    tensors = check.contiguous(q, k, v, g, *parts[:5], cu_seqlens)
-    o, keys, values, key, value, _ = _CPU(*tensors, *_numbers(rule, rope_base, head_map, scale, q))
+    held = tuple(_in_order(rule, x, parts[4]) for x in parts[5:])
+    tensors = check.contiguous(q, k, v, g, *parts[:4], *held, parts[4], cu_seqlens)
+    o, *results, _ = _CPU(*tensors, *_numbers(rule, rope_base, head_map, scale, q))
     if not output_final_state:
         return o, None
-    return o, _final_state(rule, keys, values, key, value, q, parts, cu_seqlens)
+    return o, _final_state(rule, results, q, parts, cu_seqlens)
 
 
 def _no_autocast(q):
@@ -377,7 +396,16 @@ def _parts(op, name, state):
 def _numbers(rule, rope_base, head_map, scale, q):
     """The numbers of the schema."""
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return rule.restart, rule.stride, rule.unit, float(rope_base or 0), head_map == "tile", scale
+    return (
+        rule.restart,
+        rule.stride,
+        rule.unit,
+        rule.window,
+        rule.prefix,
+        float(rope_base or 0),
+        head_map == "tile",
+        scale,
+    )
 
 
 def _longest(q, cu_seqlens):
@@ -387,19 +415,53 @@ def _longest(q, cu_seqlens):
     return int(cu_seqlens.diff().max())
 
 
-def _final_state(rule, keys, values, key, value, q, before, cu_seqlens):
+def _in_order(rule, rows, length):
+    """Local rows of a state with the window's part in order of position, as the kernel reads it."""
+    if rows is None or not rule.recent:
+        return rows
+    slot = torch.arange(rule.local, device=rows.device)
+    position = slot + (length[:, None] - rule.local).clamp(min=0)
+    row = torch.where(slot < rule.prefix, slot, rule.prefix + position % rule.recent)
+    return rows.gather(1, row[..., None, None].expand(-1, -1, *rows.shape[2:]))
+
+
+def _kept_rows(rule, rows, start, after, held, first):
+    """The local rows of a state of sequences at `after`; `first` is the row where each one's begin."""
+    n, local = start.shape[0], rule.local
+    if not rows.shape[1]:
+        return rows.new_zeros(n, local, *rows.shape[2:])
+    slot = torch.arange(local, device=rows.device)
+    position = slot.expand(n, -1)
+    if rule.recent:
+        ring = rule.recent_position(slot - rule.prefix, after[:, None])
+        position = torch.where(slot < rule.prefix, position, ring)
+    shift = (start[:, None] - held).clamp(min=0)
+    row = first[:, None] + torch.where(position < rule.prefix, position, position - shift)
+    used = (position >= 0) & (position < after[:, None])
+    flat = rows.flatten(0, 1)
+    return torch.where(used[..., None, None], flat[row.clamp(0, flat.shape[0] - 1)], 0)
+
+
+def _final_state(rule, results, q, before, cu_seqlens):
     """The kernel's results as a state; entries of packed sequences get rows of their own."""
+    keys, values, key, value, local_keys, local_values = results
     n, held = sequences(q, cu_seqlens), 0 if before[0] is None else before[0].shape[1]
     start = torch.zeros(n, dtype=torch.int64, device=q.device) if before[4] is None else before[4]
+    after = start + (q.shape[1] if cu_seqlens is None else cu_seqlens.diff())
+    local: tuple[Tensor | None, ...] = (None, None)
+    if rule.local:
+        kept = 0 if before[5] is None else rule.local
+        index = torch.arange(n, device=q.device)
+        first = index * local_keys.shape[1] if cu_seqlens is None else cu_seqlens[:-1].long() + index * kept
+        local = tuple(_kept_rows(rule, x, start, after, kept, first) for x in (local_keys, local_values))
     if cu_seqlens is None:
-        return RATState(keys, values, key, value, start + q.shape[1])
-    after = start + cu_seqlens.diff()
+        return RATState(keys, values, key, value, after, *local)
     slot = torch.arange(held + rule.kept(_longest(q, cu_seqlens)), device=q.device)
     first = cu_seqlens[:-1].long() // rule.stride + torch.arange(n, device=q.device) * (held + 1)
     row = (first[:, None] + slot).clamp(max=max(keys.shape[1] - 1, 0))
     used = (slot < (after // rule.stride)[:, None])[..., None, None]
     keys, values = (torch.where(used, x[0][row], 0) for x in (keys, values))
-    return RATState(keys, values, key, value, after)
+    return RATState(keys, values, key, value, after, *local)
 
 
 def rat_attention_step(
@@ -459,4 +521,11 @@ def rat_attention_step(
                 prefix_len=prefix_len, head_map=head_map, scale=scale, state_indices=state_indices,
             )  # fmt: skip
     rows = None if state_indices is None else state_indices.contiguous()
-    return _CPU_STEP(*check.contiguous(q, k, v, g), *parts[:5], rows, *_numbers(rule, rope_base, head_map, scale, q))
+    return _CPU_STEP(
+        *check.contiguous(q, k, v, g),
+        *parts[:4],
+        *parts[5:],
+        parts[4],
+        rows,
+        *_numbers(rule, rope_base, head_map, scale, q),
+    )
