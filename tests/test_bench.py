@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import fresh, machine, registry, report, roofline, run, tables  # noqa: E402
+from bench import fresh, lengths, machine, registry, report, roofline, run, tables  # noqa: E402
 from bench.compare import Candidate, Gate, Race  # noqa: E402
 from bench.contest import Choice, contests  # noqa: E402
 from bench.ops import gated_delta_rule as entry  # noqa: E402
@@ -398,3 +398,18 @@ def test_unknown_backend_is_refused_with_the_allowed_ones():
 def test_a_gpu_that_is_not_there_is_one_clear_message(capsys):
     assert run.main(["--device", "cuda"]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_the_page_of_lengths_is_that_of_its_results():
+    files = sorted(lengths.RESULTS.glob("*.json"))
+    assert files
+    assert lengths.PAGE.read_text() == lengths.page(files), "python bench/lengths.py page"
+    for file in files:
+        assert (lengths.PAGE.parent / f"lengths_{file.stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", lengths.layers())
+@pytest.mark.parametrize("mode", lengths.MODES)
+def test_every_layer_has_a_time_at_every_length(name, mode):
+    row = lengths.point(name, mode, 70, "float32", 0.01)
+    assert row["ms"] > 0 and row["mib"] >= 0
