@@ -1,7 +1,6 @@
 """Attention on every backend of this machine: truth, tolerance, relations, planted bugs, torch's own, registration."""
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import tables
 from support.attention import (
     CASES,
     CHECKS,
@@ -30,7 +30,7 @@ from support.attention_planted import BUGS, planted
 from support.compare import relative_error, to_float64
 from torch.nn import functional as F
 
-from memattn import _native, backends
+from memattn import backends
 from memattn.ops import attention
 from memattn.ops._library import resolve
 from memattn.reference import attention as reference
@@ -235,26 +235,18 @@ IN_EVERY_TABLE = ("prefix", "dilated", "decay", "packed window", "scale")
 
 def table_errors():
     """Results of the table in this process that miss the truth by more than the rule allows."""
-    wrong = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for c in (c for c in CASES if c.name in IN_EVERY_TABLE):
-            try:
-                judge(c, dtype, evaluate(cpu, c.make(dtype)), definition=reference.chunked)
-            except AssertionError as failure:
-                wrong.append(f"{c.name} {dtype}: {failure}")
-    return wrong
+
+    def check(c, dtype):
+        judge(c, dtype, evaluate(cpu, c.make(dtype)), definition=reference.chunked)
+
+    dtypes = (torch.float32, torch.bfloat16)
+    return tables.misses(check, [(c, dtype) for c in CASES if c.name in IN_EVERY_TABLE for dtype in dtypes])
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", _native.host().available_isas() if _native.host() else ["portable"])
+@tables.each
 def test_every_instruction_set(isa):
-    """A process chooses its table once, so each table has a process of its own."""
-    code = "import json, test_attention as t; print(json.dumps(t.table_errors()))"
-    path = os.pathsep.join([str(TESTS.parent / "python"), str(TESTS)])
-    env = {**os.environ, "MEMATTN_CPU_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    tables.assert_no_errors(isa, __name__)
 
 
 @needs_cpu_kernels

@@ -2,16 +2,12 @@
 
 # ruff: noqa: E501 (tables, one case a line)
 import functools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import host_cuda
+from support import host_cuda, tables
 from support.decode import (
     CASES,
     CHECKS,
@@ -33,7 +29,7 @@ from support.decode import (
 from support.decode_planted import BUGS, planted
 
 import memattn
-from memattn import _native, backends
+from memattn import backends
 from memattn.ops import attention_decode
 from memattn.ops._library import resolve
 from memattn.reference import attention_decode as reference
@@ -211,26 +207,18 @@ def test_bits_do_not_depend_on_the_thread_count():
 
 def table_errors():
     """Results of the table in this process that miss the truth by more than the rule allows."""
-    wrong = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for c in (c for c in CASES if c.name in ROUNDED):
-            try:
-                judge(c, dtype, cpu(**c.make(dtype))._asdict())
-            except AssertionError as failure:
-                wrong.append(f"{c.name} {dtype}: {failure}")
-    return wrong
+
+    def check(c, dtype):
+        judge(c, dtype, cpu(**c.make(dtype))._asdict())
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return tables.misses(check, [(c, dtype) for c in CASES if c.name in ROUNDED for dtype in dtypes])
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", _native.host().available_isas() if _native.host() else ["portable"])
+@tables.each
 def test_every_instruction_set(isa):
-    """A process chooses its table once, so each table has a process of its own."""
-    code = "import json, test_attention_decode as t; print(json.dumps(t.table_errors()))"
-    path = os.pathsep.join([str(TESTS.parent / "python"), str(TESTS)])
-    env = {**os.environ, "MEMATTN_CPU_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    tables.assert_no_errors(isa, __name__)
 
 
 @needs_cpu_kernels

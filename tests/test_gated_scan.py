@@ -2,22 +2,18 @@
 
 # ruff: noqa: E501 (tables, one case a line)
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import host_cuda
+from support import host_cuda, tables
 from support.compare import CEILING, assert_close_to_truth, evaluate, to_float64
 from support.scan import BASE, BUGS, CASES, CHECKS, PACKED, PACKED_RAT, RAT, assert_near, flat, planted, run_all
 
 import memattn
-from memattn import _native, backends
+from memattn import backends
 from memattn.ops import gated_scan, gated_scan_step
 from memattn.ops._library import resolve
 from memattn.reference import gated_scan as reference
@@ -244,17 +240,9 @@ def table_errors():
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", _native.host().available_isas() if _native.host() else ["portable"])
+@tables.each
 def test_every_instruction_set(isa):
-    """A process chooses its table once, so each table has a process of its own."""
-    if isa in ("avx512_bf16", "amx"):
-        pytest.skip("the scan has no matrix products: its table is avx512's")
-    code = "import json, test_gated_scan as t; print(json.dumps(t.table_errors()))"
-    path = os.pathsep.join([str(TESTS.parent / "python"), str(TESTS)])
-    env = {**os.environ, "MEMATTN_CPU_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    tables.assert_no_errors(isa, __name__, products=False)
 
 
 @needs_cpu_kernels

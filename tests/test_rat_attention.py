@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import tables
 from support.compare import CEILING, assert_close_to_truth, evaluate, relative_error, to_float64
 from support.rat import (
     BASE,
@@ -79,6 +80,19 @@ def check(case, dtype, backend, device):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_within_tolerance_of_truth(case, dtype, backend, device):
     check(case, dtype, backend, device)
+
+
+def table_errors():
+    """Results of the table in this process that miss the truth by more than the rule allows."""
+    cases = (BASE, PLUS, PACKED, CONTINUED, *LOCAL_CASES[:2])
+    calls = [(case, dtype, "cpu", "cpu") for case in cases for dtype in (torch.float32, torch.bfloat16)]
+    return tables.misses(check, calls)
+
+
+@needs_cpu_kernels
+@tables.each
+def test_every_instruction_set(isa):
+    tables.assert_no_errors(isa, __name__)
 
 
 @pytest.mark.parametrize("case", [BASE, PLUS, PACKED, CONTINUED], ids=lambda c: c.name)

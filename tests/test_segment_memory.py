@@ -1,16 +1,13 @@
 """Segment memory on every backend of this machine: truth, tolerance, relations, planted bugs, registration, errors."""
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support import tables
 from support.compare import CEILING, assert_close_to_truth, evaluate, relative_error, to_float64
 from support.segments import (
     ARMT,
@@ -30,7 +27,7 @@ from support.segments import (
     run_all,
 )
 
-from memattn import _native, backends
+from memattn import backends
 from memattn.ops import linear_attention, segment_memory, segment_memory_step
 from memattn.ops._library import resolve
 from memattn.reference import segment_memory as reference
@@ -252,15 +249,9 @@ def table_errors():
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", _native.host().available_isas() if _native.host() else ["portable"])
+@tables.each
 def test_every_instruction_set(isa):
-    """A process chooses its table once, so each table has a process of its own."""
-    code = "import json, test_segment_memory as t; print(json.dumps(t.table_errors()))"
-    path = os.pathsep.join([str(TESTS.parent / "python"), str(TESTS)])
-    env = {**os.environ, "MEMATTN_CPU_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    tables.assert_no_errors(isa, __name__)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

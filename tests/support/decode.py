@@ -98,11 +98,6 @@ ROUNDED = ("one token", "several tokens", "prefix and window", "decay", "wide", 
 SMALL = case("small", {"window": 11}, queries=3, sinks=2)
 
 
-def as_float64(inputs: dict) -> dict:
-    """The same inputs, exactly, in float64 on the CPU."""
-    return to_float64(inputs)
-
-
 @functools.cache
 def truth_of(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The definition in float64 on the case's inputs; `chunked`, itself tested against the loop, where that is slow."""
