@@ -12,10 +12,12 @@ from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_ste
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
+from memattn.ops.topk import TopK, topk
 
 __all__ = [
     "AttentionOutput",
     "RATState",
+    "TopK",
     "attention",
     "attention_decode",
     "causal_conv1d",
@@ -35,4 +37,5 @@ __all__ = [
     "segment_memory_step",
     "slot_gate",
     "slot_write",
+    "topk",
 ]
