@@ -142,6 +142,7 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                        s.q_offset == kAtTheEnd ? 0 : s.q_offset}) {
     if (size < 0) fail(op, "sizes of the mask must not be negative; got ", size);
   }
+  if (s.q_offset > kFarthest) fail(op, "q_offset must be at most 2^48; got ", s.q_offset);
   if (s.causal < 0 || s.causal > 2) fail(op, "causal must be 0, 1 or 2; got ", s.causal);
   if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value()) {
     fail(op, "cu_seqlens must be given for both or none of q, k");
@@ -168,8 +169,9 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
            " queries from ", s.q_offset, " and ", a.keys.length(n), " keys");
     }
   }
-  a.mask = {static_cast<Causal>(s.causal), s.window,   s.prefix_len,     s.block_size,
-            s.summary,                     s.dilation, s.dilated_window, s.dilated_prefix, s.q_offset};
+  const auto size = [](int64_t tokens) { return std::min(tokens, 2 * kFarthest); };  // beyond every distance
+  a.mask = {static_cast<Causal>(s.causal), size(s.window),         size(s.prefix_len),     size(s.block_size), size(s.summary),
+            size(s.dilation),              size(s.dilated_window), size(s.dilated_prefix), s.q_offset};
   a.heads = heads;
   a.key_heads = key_heads;
   a.key_dim = static_cast<int>(key_dim);
