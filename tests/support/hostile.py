@@ -38,7 +38,8 @@ class Call:
     def run(self) -> tuple[Tensor, ...]:
         """The results, on copies of what the op may write to."""
         copies = {n: x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for n, x in self.arguments.items()}
-        results = getattr(torch.ops.memattn, self.op).default(**copies)
+        op = getattr(torch.ops.memattn, self.op).default
+        results = op(**{a.name: copies.get(a.name) for a in op._schema.arguments})
         return results if isinstance(results, tuple) else (results,)
 
 
