@@ -238,7 +238,8 @@ def attention(
     Tq, Tk ≥ 0 and empty sequences are legal; K, V in 16..256.
 
     Returns AttentionOutput(o, lse). Differentiable once, through o and lse, in q, k, v, sink, log_decay, alibi_slopes.
-    NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do not.
+    NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do not. They
+    stay in their packed sequence, but for the gradient of log_decay and for backend "chunked", which masks the others.
 
     Raises ValueError (shapes, values, combinations without meaning), TypeError (dtypes), BackendError.
     """

@@ -58,7 +58,8 @@ def cumulative_decay(log_decay: Tensor | None, alibi_slopes: Tensor | None, k: T
     total = None
     if log_decay is not None:
         finite = log_decay.isfinite()
-        total = torch.where(finite, torch.where(finite, log_decay, 0.0).double().cumsum(1), torch.nan)
+        log_decay = torch.where(finite, log_decay, 0.0)
+        total = torch.where(finite, log_decay.double().cumsum(1), torch.nan)
     if alibi_slopes is None:
         return total
     position = torch.arange(k.shape[1], device=k.device, dtype=torch.float64)
