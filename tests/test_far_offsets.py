@@ -1,5 +1,10 @@
 """Steps, caches and long keys past element 2^31 on the CPU. Memory that nobody touches costs nothing."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +12,7 @@ from memattn import backends, ops
 from memattn.ops.rat_attention import RATState
 
 PAST = 2**31
-pytestmark = pytest.mark.skipif(
+needs_cpu_kernels = pytest.mark.skipif(
     backends.why_not("gated_delta_rule", "cpu", backends.Request("cpu", torch.float32)) != [],
     reason="the C++ CPU kernels are not built here",
 )
@@ -28,6 +33,7 @@ def last(pool: torch.Tensor, rows: int = 1) -> torch.Tensor:
     return torch.arange(len(pool) - rows, len(pool))
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("name", ["gated_delta_rule_step", "linear_attention_step"])
 def test_state_pool(name):
     q, k, v = (torch.randn(1, 2, 4, 256) / 16 for _ in range(3))
@@ -41,6 +47,7 @@ def test_state_pool(name):
     assert torch.equal(there, near) and torch.equal(pool[-1:], state)
 
 
+@needs_cpu_kernels
 def test_rat_state_pool():
     q, k, v = (torch.randn(1, 3, 4, 64) for _ in range(3))
     g = -torch.rand(1, 3, 4, 64)
@@ -60,6 +67,7 @@ def test_rat_state_pool():
         assert torch.equal(getattr(there, name)[-1:], getattr(near, name)), name
 
 
+@needs_cpu_kernels
 def test_paged_cache():
     q, k, v = torch.randn(1, 2, 4, 64).bfloat16(), *(torch.randn(3, 64, 2, 64).bfloat16() for _ in range(2))
     settings = {"cache_seqlens": torch.tensor([150]), "backend": "cpu"}
@@ -69,6 +77,7 @@ def test_paged_cache():
     assert torch.equal(there.o, near.o) and torch.equal(there.lse, near.lse)
 
 
+@needs_cpu_kernels
 def test_long_keys():
     """The end of a text of 33 million tokens, under a window: tiles before it are skipped."""
     q, k, v = torch.randn(1, 4, 2, 64).bfloat16(), *(torch.randn(100, 1, 64).bfloat16() for _ in range(2))
@@ -79,6 +88,7 @@ def test_long_keys():
     torch.testing.assert_close(there.lse, near.lse)
 
 
+@needs_cpu_kernels
 def test_long_packed_keys_of_slots():
     """A sequence without slots is not read, however long it is."""
     q, k, v = torch.randn(1, 4, 2, 64).bfloat16(), *(torch.randn(100, 1, 64).bfloat16() for _ in range(2))
@@ -88,3 +98,15 @@ def test_long_packed_keys_of_slots():
     near = write(q, k[None], v[None], None, None, None, None, 0.125)
     there = write(q, keys[None], values[None], None, None, torch.tensor([0, 0, 4]), bounds, 0.125)
     assert torch.equal(there[0], near[0]) and torch.equal(there[1], near[1])
+
+
+def test_triton_scan_and_convolution(device):
+    """A sequence past element 2^31 in the interpreter, in a process of its own, which a 32-bit offset ends."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if device != "cpu":
+        pytest.skip("untouched memory is free on the CPU only")
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 9 * 2**30:
+        pytest.skip("the system refuses to reserve 8 GiB at once")
+    worker = Path(__file__).parent / "support" / "far_scan.py"
+    run = subprocess.run([sys.executable, worker], capture_output=True, text=True)
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr[-2000:]}"
