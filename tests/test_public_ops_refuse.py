@@ -56,18 +56,23 @@ def tensors(result):
     return [x for x in torch.utils._pytree.tree_leaves(result) if x is not None]
 
 
-def test_a_position_beyond_every_key_is_refused():
+def attend(**change):
+    """attention_cpu without a mask, with these arguments instead."""
+    names = [a.name for a in torch.ops.memattn.attention_cpu.default._schema.arguments]
     q = torch.randn(1, 4, 2, 16)
+    given = {"q": q, "k": q, "v": q, **dict.fromkeys(hostile.mask(hostile.Draw(0)), 0), "summary": 0, "q_offset": 0}
+    given |= {"tile_heads": False, "scale": 0.25, **change}
+    return torch.ops.memattn.attention_cpu(**{name: given.get(name) for name in names})
+
+
+def test_a_position_beyond_every_key_is_refused():
     decay = torch.zeros(1, 4, 2, dtype=torch.float64)
-    mask = (1, 0, 0, 0, 0, 0, 0, 0, 2**63 - 1, False, 0.25)
     with pytest.raises(RuntimeError, match=r"attention_cpu: q_offset must be at most 2\^48; got 9223372036854775807"):
-        torch.ops.memattn.attention_cpu(q, q, q, None, decay, None, None, *mask)
+        attend(decay=decay, q_offset=2**63 - 1)
 
 
 def test_tensors_on_two_devices_are_refused():
-    q = torch.randn(1, 4, 2, 16)
-    mask = (1, 0, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
+    there = torch.empty(1, 4, 2, 16, device="meta")
     with pytest.raises(RuntimeError, match="attention_cpu: all tensors must be on one device; got cpu and meta"):
-        torch.ops.memattn.attention_cpu(q, q.to("meta"), q, None, None, None, None, *mask)
-    o, _ = torch.ops.memattn.attention_cpu(*[q.to("meta")] * 3, None, None, None, None, *mask)
-    assert o.is_meta
+        attend(k=there)
+    assert attend(q=there, k=there, v=there)[0].is_meta

@@ -38,7 +38,8 @@ class Call:
     def run(self) -> tuple[Tensor, ...]:
         """The results, on copies of what the op may write to."""
         copies = {n: x.clone() if isinstance(x, Tensor) and x.is_contiguous() else x for n, x in self.arguments.items()}
-        results = getattr(torch.ops.memattn, self.op).default(**copies)
+        op = getattr(torch.ops.memattn, self.op).default
+        results = op(**{a.name: copies.get(a.name) for a in op._schema.arguments})
         return results if isinstance(results, tuple) else (results,)
 
 
@@ -383,7 +384,16 @@ def slots(draw: Draw) -> Iterator[Call]:
     yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1})
 
 
-FAMILIES = (delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots)
+def selection(draw: Draw) -> Iterator[Call]:
+    rows, columns = draw.one_of((0, 1, 5)), draw.one_of(LENGTHS)
+    lengths = torch.randint(0, columns + 1, (rows,), generator=draw.noise)
+    yield Call("topk_cpu", {
+        "scores": draw.normal(rows, columns), "k": draw.one_of((1, 3, 64, 4096)), "lengths": lengths,
+        "threshold": draw.one_of((-float("inf"), 0.5)), "sorted": draw.flag(),
+    }, frozenset({("scores", 1)}))  # fmt: skip
+
+
+FAMILIES = (delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, selection)
 
 
 # --- what spoils a call -----------------------------------------------------------------------------------------------

@@ -262,7 +262,8 @@ def attention(
 
     Returns AttentionOutput(o, lse). Differentiable once, through o and lse, in q, k, v, sink, log_decay, alibi_slopes
     and merge. NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do
-    not.
+    not. They stay in their packed sequence, but for the gradient of log_decay and for backend "chunked", which masks
+    the others.
 
     Raises ValueError (shapes, values, combinations without meaning), TypeError (dtypes), BackendError.
     """

@@ -51,8 +51,15 @@ def joined(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def cumulative_decay(log_decay: Tensor | None, alibi_slopes: Tensor | None, k: Tensor) -> Tensor | None:
-    """c [B, Tk, HQ] float64 with bias c_i − c_j. A slope is a constant decay; differences stay exact at any length."""
-    total = None if log_decay is None else log_decay.double().cumsum(1)
+    """c [B, Tk, HQ] float64 with bias c_i − c_j. A slope is a constant decay; differences stay exact at any length.
+
+    Where a decay is not finite, c is NaN, and only there: every row that sees the key gets it, no other sequence does.
+    """
+    total = None
+    if log_decay is not None:
+        finite = log_decay.isfinite()
+        log_decay = torch.where(finite, log_decay, 0.0)
+        total = torch.where(finite, log_decay.double().cumsum(1), torch.nan)
     if alibi_slopes is None:
         return total
     position = torch.arange(k.shape[1], device=k.device, dtype=torch.float64)
