@@ -12,6 +12,7 @@ from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_ste
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
+from memattn.ops.sparse_attention import sparse_attention
 from memattn.ops.topk import TopK, topk
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "segment_memory_step",
     "slot_gate",
     "slot_write",
+    "sparse_attention",
     "topk",
 ]
