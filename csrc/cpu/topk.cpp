@@ -9,13 +9,11 @@
 #include <tuple>
 
 #include "dispatch.h"
-#include "results.h"
 
 namespace memattn::topk {
 namespace {
 
 using cpu::Arena;
-using cpu::empty_result;
 using cpu::Scratch;
 using MaybeTensor = std::optional<Tensor>;
 
@@ -103,40 +101,6 @@ void store(const Scores<A, S>& scores, Candidates<A> best, Worker<A>& worker, in
   std::fill_n(indices + best.count, scores.k - best.count, -1);
   results.counts[row] = static_cast<int32_t>(best.count);
 }
-
-// What each part of each row has selected.
-template <class A>
-struct Partial {
-  int64_t parts, k;
-  A* values;           // [rows, parts, k]
-  int32_t* positions;  // likewise
-  int64_t* counts;     // [rows, parts]
-
-  Partial(Arena& arena, int64_t rows, int64_t row_parts, int64_t selected)
-      : parts(row_parts),
-        k(selected),
-        values(arena.take<A>(rows * parts * k)),
-        positions(arena.take<int32_t>(rows * parts * k)),
-        counts(arena.take<int64_t>(rows * parts)) {}
-
-  void put(int64_t task, const Candidates<A>& best) const {
-    std::copy_n(best.values, best.count, values + task * k);
-    std::copy_n(best.positions, best.count, positions + task * k);
-    counts[task] = best.count;
-  }
-
-  // The selections of a row's parts, moved together.
-  Candidates<A> joined(int64_t row) const {
-    Candidates<A> all{values + row * parts * k, positions + row * parts * k, 0, parts * k};
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t count = counts[row * parts + part];
-      std::copy_n(all.values + part * k, count, all.values + all.count);
-      std::copy_n(all.positions + part * k, count, all.positions + all.count);
-      all.count += count;
-    }
-    return all;
-  }
-};
 
 // Nothing is set up around the tasks of a thread.
 struct Plain {

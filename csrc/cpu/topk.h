@@ -7,6 +7,7 @@
 
 #include "isa/topk_rows.h"
 #include "parallel.h"
+#include "results.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,8 @@
 #include <utility>
 
 namespace memattn::topk {
+
+using cpu::empty_result;
 
 inline constexpr int64_t kMostSelected = 4096;
 inline constexpr int64_t kSlack = 16;  // that a vector may write behind an array
@@ -104,5 +107,39 @@ void sort_candidates(Candidates<A>& candidates, std::pair<A, int32_t>* pairs) {
     candidates.positions[i] = pairs[i].second;
   }
 }
+
+// What each part of each row has selected.
+template <class A>
+struct Partial {
+  int64_t parts, k;
+  A* values;           // [rows, parts, k]
+  int32_t* positions;  // likewise
+  int64_t* counts;     // [rows, parts]
+
+  Partial(cpu::Arena& arena, int64_t rows, int64_t row_parts, int64_t selected)
+      : parts(row_parts),
+        k(selected),
+        values(arena.take<A>(rows * parts * k)),
+        positions(arena.take<int32_t>(rows * parts * k)),
+        counts(arena.take<int64_t>(rows * parts)) {}
+
+  void put(int64_t task, const Candidates<A>& best) const {
+    std::copy_n(best.values, best.count, values + task * k);
+    std::copy_n(best.positions, best.count, positions + task * k);
+    counts[task] = best.count;
+  }
+
+  // The selections of a row's parts, moved together.
+  Candidates<A> joined(int64_t row) const {
+    Candidates<A> all{values + row * parts * k, positions + row * parts * k, 0, parts * k};
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t count = counts[row * parts + part];
+      std::copy_n(all.values + part * k, count, all.values + all.count);
+      std::copy_n(all.positions + part * k, count, all.positions + all.count);
+      all.count += count;
+    }
+    return all;
+  }
+};
 
 }  // namespace memattn::topk

@@ -17,6 +17,7 @@ const Table<float> kTopkAvx2 = {{avx2::from_bfloat16, avx2::from_half, avx2::to_
                                 avx2::keep_larger<float>,
                                 avx2::append<float>,
                                 avx2::above<float>,
-                                avx2::below<float>};
+                                avx2::below<float>,
+                                avx2::exceeding<float>};
 }  // namespace memattn::topk
 #endif

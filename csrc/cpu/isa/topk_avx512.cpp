@@ -63,6 +63,22 @@ int64_t part(float* out, const float* x, int64_t n, float pivot) {
   return count;
 }
 
+int64_t compress_offsets(int32_t* offsets, const float* x, int ld, int rows, int cols, const float* cuts) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; j += kLanes) {
+      const int32_t at = i * ld + j;
+      const __mmask16 larger = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + at), _mm512_loadu_ps(cuts + j), _CMP_GT_OQ);
+      if (!larger) continue;
+      const __m512i place = _mm512_add_epi32(lane, _mm512_set1_epi32(at));
+      _mm512_storeu_si512(offsets + count, _mm512_maskz_compress_epi32(larger, place));
+      count += __builtin_popcount(larger);
+    }
+  }
+  return count;
+}
+
 }  // namespace memattn::topk::avx512
 #pragma GCC pop_options
 
@@ -71,6 +87,7 @@ const Table<float> kTopkAvx512 = {{avx512::from_bfloat16, avx512::from_half, avx
                                   avx512::keep_larger<float>,
                                   avx512::compress,
                                   avx512::part<_CMP_GT_OQ>,
-                                  avx512::part<_CMP_LT_OQ>};
+                                  avx512::part<_CMP_LT_OQ>,
+                                  avx512::compress_offsets};
 }  // namespace memattn::topk
 #endif

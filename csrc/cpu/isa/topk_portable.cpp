@@ -17,9 +17,11 @@ const Table<float> kTopkPortable = {
     portable::keep_larger<float>,
     portable::append<float>,
     portable::above<float>,
-    portable::below<float>};
+    portable::below<float>,
+    portable::exceeding<float>};
 static const Table<double> kTopkPortableDouble = {
-    {}, portable::keep_larger<double>, portable::append<double>, portable::above<double>, portable::below<double>};
+    {}, portable::keep_larger<double>, portable::append<double>, portable::above<double>, portable::below<double>,
+    portable::exceeding<double>};
 
 template <>
 const Table<double>& table<double>() {

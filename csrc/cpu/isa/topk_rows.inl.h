@@ -64,3 +64,22 @@ int64_t below(A* out, const A* x, int64_t n, A pivot) {
   }
   return count;
 }
+
+template <class A>
+int64_t exceeding(int32_t* __restrict offsets, const A* __restrict x, int ld, int rows, int cols,
+                  const A* __restrict cuts) {
+  constexpr int block = 16;
+  int64_t count = 0;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; j += block) {
+      const int32_t at = i * ld + j;
+      int any = 0;
+      for (int c = 0; c < block; ++c) any |= x[at + c] > cuts[j + c];
+      for (int c = 0; any && c < block; ++c) {
+        offsets[count] = at + c;
+        count += x[at + c] > cuts[j + c];
+      }
+    }
+  }
+  return count;
+}
