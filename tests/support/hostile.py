@@ -264,7 +264,8 @@ def softmax(draw: Draw) -> Iterator[Call]:
         "v": draw.normal(batch, keys, key_heads, v_dim), "sink": draw.maybe(lambda: draw.state(heads)), "decay": decay,
         "cu_seqlens_q": bounds, "cu_seqlens_k": key_bounds,
         "first_scores": draw.state(batch, tokens, heads) if merged else None,
-        "first_values": draw.normal(batch, tokens, heads, v_dim) if merged else None, **mask(draw), "summary": draw.one_of((0, 0, 4)),
+        "first_values": draw.normal(batch, tokens, heads, v_dim) if merged else None,
+        **mask(draw), "summary": draw.one_of((0, 0, 4)),
         "q_offset": -1 if decay is not None else draw.one_of((-1, 0, 5, 100)), "tile_heads": draw.flag(), "scale": 0.2,
     }, QUERIES)  # fmt: skip
     yield forward
