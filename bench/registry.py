@@ -29,6 +29,7 @@ OPS = (
     "attention",
     "attention_decode",
     "rat_attention",
+    "merge_states",
     "slot_write",
     "memory_recall",
     "segment_memory",
