@@ -104,7 +104,7 @@ class Combine {
 
 Tensor gated_combine(Tensor a, Tensor b, Tensor gate, int64_t mode) {
   const Arguments arguments = read_arguments("gated_combine_cpu", a, b, gate, mode);
-  Tensor y = torch::stable::empty_like(a);
+  Tensor y = result_like(a);
   dispatch(a.scalar_type(), [&]<class A, class S>(A, S) {
     Combine<A, S>(arguments, a, b, gate).forward(static_cast<S*>(y.mutable_data_ptr()));
   });
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_combine_backward(Tensor dy, Tensor a, T
   constexpr const char* op = "gated_combine_cpu_backward";
   const Arguments arguments = read_arguments(op, a, b, gate, mode);
   check_tensor(op, "dy", dy, {a.scalar_type()}, {a.size(0), a.size(1), a.size(2), a.size(3)});
-  Tensor da = torch::stable::empty_like(a), db = torch::stable::empty_like(b), dgate = torch::stable::empty_like(gate);
+  Tensor da = result_like(a), db = result_like(b), dgate = result_like(gate);
   dispatch(a.scalar_type(), [&]<class A, class S>(A, S) {
     Combine<A, S>(arguments, a, b, gate)
         .backward(static_cast<const S*>(dy.const_data_ptr()), static_cast<S*>(da.mutable_data_ptr()),

@@ -11,9 +11,12 @@
 
 #include "dispatch.h"
 #include "isa/join_rows.h"
+#include "results.h"
 
 namespace memattn::join {
 
+using cpu::empty_result;
+using cpu::result_like;
 using rows::accumulate_type;
 using rows::dispatch;
 

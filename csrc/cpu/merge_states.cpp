@@ -124,7 +124,7 @@ void check_parts(const char* op, const Tensors& outputs, const Tensors& lses, co
 std::tuple<Tensor, Tensor> merge_states(Tensors outputs, Tensors lses, MaybeTensor sink) {
   constexpr const char* op = "merge_states_cpu";
   check_parts(op, outputs, lses, sink);
-  Tensor o = torch::stable::empty_like(outputs[0]), lse = torch::stable::empty_like(lses[0]);
+  Tensor o = result_like(outputs[0]), lse = result_like(lses[0]);
   const Rows rows = Rows::of(op, o);
   dispatch(o.scalar_type(), [&]<class A, class S>(A, S) {
     Merge<A, S>(rows, outputs, lses, sink)
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, MaybeTensor
   check_tensor(op, "do", d_o, {type}, {b, t, h, v});
   check_tensor(op, "dlse", d_lse, {sums}, {b, t, h});
   check_tensor(op, "lse", lse, {sums}, {b, t, h});
-  Tensor d_outputs = torch::stable::new_empty(o, {n, b, t, h, v}), d_lses = torch::stable::new_empty(lse, {n, b, t, h});
-  Tensor dsink = torch::stable::new_empty(lse, {sink ? h : 0});
+  Tensor d_outputs = empty_result(o, {n, b, t, h, v}), d_lses = empty_result(lse, {n, b, t, h});
+  Tensor dsink = empty_result(lse, {sink ? h : 0});
   dispatch(type, [&]<class A, class S>(A, S) {
     const auto values = [](const Tensor& x) { return static_cast<const A*>(x.const_data_ptr()); };
     Merge<A, S>(Rows::of(op, o), outputs, lses, sink)

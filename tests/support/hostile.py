@@ -428,7 +428,26 @@ def listed(draw: Draw) -> Iterator[Call]:
     yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1}, lists_free)
 
 
-FAMILIES = (delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, selection, nearest, listed)
+def joining(draw: Draw) -> Iterator[Call]:
+    shape = (draw.one_of((0, 1, 3)), draw.one_of(LENGTHS), draw.one_of((1, 3)), draw.one_of(DIMS))
+    parts = draw.one_of((2, 3))
+    merge = Call("merge_states_cpu", {
+        "outputs": [draw.normal(*shape) for _ in range(parts)], "lses": [draw.state(*shape[:3]) for _ in range(parts)],
+        "sink": draw.maybe(lambda: draw.state(shape[2])),
+    })  # fmt: skip
+    yield merge
+    yield backward_of(merge, draw, ("", "lse"), {"do": 0, "dlse": 1})
+    gate = draw.one_of((draw.state(shape[2]), draw.state(*shape[:3]), draw.normal(*shape)))
+    combine = Call("gated_combine_cpu", {
+        "a": draw.normal(*shape), "b": draw.normal(*shape), "gate": gate, "mode": draw.one_of((0, 1, 2)),
+    })  # fmt: skip
+    yield combine
+    yield backward_of(combine, draw, ("",), {"dy": 0})
+
+
+FAMILIES = (
+    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest, listed,
+)  # fmt: skip
 
 
 # --- what spoils a call -----------------------------------------------------------------------------------------------
@@ -464,7 +483,12 @@ BOUNDS = (
 def spoilt(call: Call, draw: Draw) -> tuple[str, Call, bool]:
     """What was done to one argument of the call, the call, and whether it must be refused now."""
     name, x = draw.one_of([(n, x) for n, x in call.arguments.items() if x is not None and not isinstance(x, float)])
-    change = lambda y: replace(call, arguments={**call.arguments, name: y})  # noqa: E731
+    several, i = (x, draw.random.randrange(len(x))) if isinstance(x, list) else (None, 0)
+    x = several[i] if several else x
+
+    def change(y) -> Call:
+        return replace(call, arguments={**call.arguments, name: [*several[:i], y, *several[i + 1 :]] if several else y})
+
     if not isinstance(x, Tensor):
         value = draw.one_of((-1, 0, -HUGE, HUGE, 2**63 - 1, 2**58)) if not isinstance(x, bool) else not x
         return f"{name} = {value}", change(value), False

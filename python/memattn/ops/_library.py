@@ -51,7 +51,7 @@ def define(name: str, schema: str, fake: Callable) -> None:
 
     @functools.wraps(fake)
     def on_one_device(*args):
-        devices = sorted({x.device.type for x in args if isinstance(x, Tensor)})
+        devices = sorted({x.device.type for x in _spread(args) if isinstance(x, Tensor)})
         if len(devices) > 1:
             raise RuntimeError(f"memattn::{name}: all tensors must be on one device; got {' and '.join(devices)}")
         return fake(*args)
