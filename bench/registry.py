@@ -32,6 +32,8 @@ OPS = (
     "slot_write",
     "memory_recall",
     "segment_memory",
+    "topk",
+    "knn",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

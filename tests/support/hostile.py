@@ -258,10 +258,14 @@ def softmax(draw: Draw) -> Iterator[Call]:
         key_bounds = bounds.clone()
         key_bounds[-1] = keys
     decay = draw.maybe(lambda: draw.normal(batch, keys, heads, dtype=torch.float64))
+    merged = draw.flag()
     forward = Call("attention_cpu", {
         "q": draw.normal(batch, tokens, heads, k_dim), "k": draw.normal(batch, keys, key_heads, k_dim),
         "v": draw.normal(batch, keys, key_heads, v_dim), "sink": draw.maybe(lambda: draw.state(heads)), "decay": decay,
-        "cu_seqlens_q": bounds, "cu_seqlens_k": key_bounds, **mask(draw), "summary": draw.one_of((0, 0, 4)),
+        "cu_seqlens_q": bounds, "cu_seqlens_k": key_bounds,
+        "first_scores": draw.state(batch, tokens, heads) if merged else None,
+        "first_values": draw.normal(batch, tokens, heads, v_dim) if merged else None,
+        **mask(draw), "summary": draw.one_of((0, 0, 4)),
         "q_offset": -1 if decay is not None else draw.one_of((-1, 0, 5, 100)), "tile_heads": draw.flag(), "scale": 0.2,
     }, QUERIES)  # fmt: skip
     yield forward
@@ -381,7 +385,50 @@ def slots(draw: Draw) -> Iterator[Call]:
     yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1})
 
 
-FAMILIES = (delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots)
+def selection(draw: Draw) -> Iterator[Call]:
+    rows, columns = draw.one_of((0, 1, 5)), draw.one_of(LENGTHS)
+    lengths = torch.randint(0, columns + 1, (rows,), generator=draw.noise)
+    yield Call("topk_cpu", {
+        "scores": draw.normal(rows, columns), "k": draw.one_of((1, 3, 64, 4096)), "lengths": lengths,
+        "threshold": draw.one_of((-float("inf"), 0.5)), "sorted": draw.flag(),
+    }, frozenset({("scores", 1)}))  # fmt: skip
+
+
+def nearest(draw: Draw) -> Iterator[Call]:
+    batch, queries, keys = draw.one_of((0, 1, 2)), draw.one_of(LENGTHS), draw.one_of(LENGTHS)
+    key_heads, heads = draw.heads()
+    dim = draw.one_of(DIMS)
+    yield Call("knn_cpu", {
+        "q": draw.normal(batch, queries, heads, dim), "keys": draw.normal(batch, keys, key_heads, dim),
+        "k": draw.one_of((1, 5, 128)), "cosine": draw.flag(), "threshold": draw.one_of((-float("inf"), 0.5)),
+        "lengths": draw.maybe(lambda: torch.randint(0, keys + 1, (batch,), generator=draw.noise)),
+    }, frozenset({("q", 1), ("q", 2), ("keys", 1), ("keys", 2)}))  # fmt: skip
+
+
+def listed(draw: Draw) -> Iterator[Call]:
+    batch, tokens, bounds, _ = draw.sequences()
+    key_heads, heads = draw.heads()
+    k_dim, v_dim, entries = draw.one_of(DIMS), draw.one_of(DIMS), draw.one_of((0, 1, 7, 40))
+    paged, size = bounds is None and draw.flag(), draw.one_of((1, 16, 65))
+    rows, keys = (draw.one_of((1, 3)), size) if paged else (batch, tokens)
+    lists = (batch, tokens, draw.one_of((1, key_heads)), entries)
+    lists_free = frozenset({("indices", 2), ("indices", 3), ("page_table", 1)})
+    whole = lambda low, high, *shape: torch.randint(low, high, shape, generator=draw.noise, dtype=torch.int32)  # noqa: E731
+    forward = Call("sparse_attention_cpu", {
+        "q": draw.normal(batch, tokens, heads, k_dim), "k": draw.normal(rows, keys, key_heads, k_dim),
+        "v": draw.normal(rows, keys, key_heads, v_dim), "indices": whole(-2, 9, *lists),
+        "counts": draw.maybe(lambda: whole(-1, entries + 2, *lists[:3])),
+        "q_positions": draw.maybe(lambda: whole(-3, 200, batch, tokens)),
+        "bias": draw.maybe(lambda: draw.state(batch, tokens, key_heads, entries)),
+        "sink": draw.maybe(lambda: draw.state(heads)),
+        "page_table": whole(-2, rows + 1, batch, 3) if paged else None,
+        "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "unit": draw.one_of((1, 4, 64)), "scale": 0.2,
+    }, lists_free | {("q", 2), ("v", 3)})  # fmt: skip
+    yield forward
+    yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1}, lists_free)
+
+
+FAMILIES = (delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, selection, nearest, listed)
 
 
 # --- what spoils a call -----------------------------------------------------------------------------------------------
