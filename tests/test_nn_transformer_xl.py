@@ -106,6 +106,10 @@ def test_no_gradient_enters_the_memory():
     assert not state.x.requires_grad
     layer(layers.draw(1, 5, EMBED, seed=2), state).sum().backward()
     assert past.grad is None
+    state.x.requires_grad_()  # a state from elsewhere, with a history
+    y, after = layer(layers.draw(1, 5, EMBED, seed=2), state, return_state=True)
+    y.sum().backward()
+    assert state.x.grad is None and not after.x.requires_grad
 
 
 def test_long_texts_keep_their_precision():
