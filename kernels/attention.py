@@ -3,12 +3,16 @@
     o_i = Σ_j e^{s_ij − ℓ_i} v_j        s_ij = scale · q_i·k_j + c_i − c_j        ℓ_i = log Σ_j e^{s_ij}
 
 A program owns BLOCK_M query rows of one head of one sequence and passes over the tiles of keys that any of them sees
-(attention_mask.py says which) with an online softmax: running maximum m and sum l in base 2, a sink being where they
-start. First the tiles that must be masked, then those that every row sees whole; where keys are dilated, then those are
-gathered, so that tiles of them hold nothing else.
+(attention_mask.py says which) with an online softmax: running maximum m and sum l in base 2. They start from a sink,
+and from a score and a value of each row where those are given. First the tiles that must be masked, then those that
+every row sees whole; where keys are dilated, then those are gathered, so that tiles of them hold nothing else.
 
-Shapes: q, o [B,Tq,HQ,K|V]; k, v [B,Tk,HKV,K|V]; lse [B,Tq,HQ]; sink [HQ]; high, low [B,Tk,HQ], c split into two numbers
-so that c_i − c_j keeps its small part; packed sequences with B = 1. Slots of BLOCK_M rows: see tiles.py.
+q·k is summed over BLOCK_K columns at a time (dO·v in backward over BLOCK_V): all at once where operands may stay in
+shared memory for the tensor cores, few where IEEE float32 needs them in registers.
+
+Shapes: q, o [B,Tq,HQ,K|V]; k, v [B,Tk,HKV,K|V]; lse, first_scores [B,Tq,HQ]; first_values like o; sink [HQ]; high, low
+[B,Tk,HQ], c split into two numbers so that c_i − c_j keeps its small part; packed sequences with B = 1. Slots of
+BLOCK_M rows: see tiles.py.
 
 Numerics: scores, softmax and sums in the accumulation type; P is rounded to v's dtype for the product with V. A row
 that sees nothing gives o = 0, ℓ = −inf.
@@ -284,7 +288,7 @@ class Problem:
     def has_first(self, q: Tensor, scores: Tensor | None, values: Tensor | None) -> int:
         """Whether every row's softmax begins with a score and a value; checks them."""
         require("first_scores", scores, q, (self.acc,), q.shape[:3])
-        require("first_values", values, q, (q.dtype,), (*q.shape[:3], self.V))
+        require("first_values", values, q, (q.dtype, self.acc), (*q.shape[:3], self.V))
         return int(scores is not None and values is not None)
 
     def launch(self, kernel: str, bits: int) -> dict:

@@ -3,8 +3,10 @@
     dS_ij = P_ij (dO_i·v_j − Δ_i)    Δ_i = dO_i·O_i − dℓ_i    dV = Pᵀ dO    dK = scale dSᵀ Q    dQ = scale dS K
     dc_i = Σ_j dS_ij − Σ_i' dS_i'i                            dsink = −Σ_i e^{sink − ℓ_i} Δ_i
 
+and of a first score ℓ' and value o' of each row: do'_i = e^{ℓ'_i − ℓ_i} dO_i, dℓ'_i = e^{ℓ'_i − ℓ_i} (dO_i·o'_i − Δ_i).
+
 Kernels:
-    delta     per row of o: Δ
+    delta     per row of o: Δ, do', dℓ'
     queries   per tile of queries and head, over the tiles of keys in reach as in forward: dQ, and the row sums of dS
     keys      per tile of keys and key head, over the heads that read it and the tiles of queries in reach: dK, dV, and
               per head the column sums of dS. Sᵀ and dPᵀ are computed as such: see gated_delta_rule_backward.py on why
@@ -64,7 +66,7 @@ def delta_kernel(
     first = i < (rows - row) * has_first
     score = tl.load(first_scores + row + i, mask=first, other=float("-inf"))
     there = score != float("-inf")
-    weight = tl.where(there, tl.exp(score - tl.load(lse + row + i, mask=first, other=0.0)), 0.0)
+    weight = tl.exp(score - tl.load(lse + row + i, mask=there, other=0.0))
     values = load_tile(first_values + row * V, i, there, V, 0, V, BLOCK_V).to(ACC)
     tl.store(dfirst_scores + row + i, weight * (tl.sum(values * dO, 1) - difference), mask=first)
     store_tile(dfirst_values + row * V, weight[:, None] * dO, i, first, V, 0, V, BLOCK_V)
@@ -259,7 +261,7 @@ def backward(
     first_values: Tensor | None, causal: int, window: int, prefix_len: int, block_size: int, summary: int,
     dilation: int, dilated_window: int, dilated_prefix: int, q_offset: int, tile_heads: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dsink, ddecay, dfirst_scores, dfirst_values), each in its input's dtype; shape [0] where the input is None."""
+    """(dq, dk, dv, dsink, ddecay, dfirst_scores, dfirst_values), each in its input's dtype; [0] where that is None."""
     with torch.cuda.device_of(q):
         mask = causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix
         p = Problem.of(q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k, mask, q_offset, tile_heads)
@@ -278,7 +280,7 @@ def backward(
                 q, k, v, do, *p.decay, *bounds, lse, delta, dq, row_sums, scale, *p.sizes, **options
             )
         if k.numel():
-            options = p.launch("attention_keys", bits)
+            options = p.launch("attention_keys_decay" if p.decays else "attention_keys", bits)
             keys_kernel[(p.slots(p.TK, options["BLOCK_N"]) * p.HKV,)](
                 q, k, v, do, *p.decay, *bounds, lse, delta, dk, dv, column_sums, scale, *p.sizes, p.TQ.bit_length(),
                 **options,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import relations
-from support.attention import CASES, CHECKS, FLOATS, LONG, SMALL, case, evaluate, finite, judge, truth_of
+from support.attention import CASES, CHECKS, FLOATS, LONG, SMALL, called, case, evaluate, finite, judge, truth_of
 
 from memattn.ops import attention
 from memattn.ops._library import resolve
@@ -21,10 +21,13 @@ from memattn.reference.attention_mask import Mask
 pytestmark = pytest.mark.usefixtures("interpreter")
 op = functools.partial(attention, backend="triton")
 FAR = case("dilated far", {"chunk_rule": ("dilated", 6, 4, 5)}, batch=1, queries=150)  # whole tiles of gathered keys
-LIGHT = [FAR, *(replace(c, batch=1) if c.lengths is None else c for c in CASES)]
+PIECES = case(
+    "in pieces", batch=1, queries=40, key_dim=72, value_dim=40, decay=0.1, sinks=0
+)  # of 32 columns, the last of 8
+LIGHT = [FAR, PIECES, *(replace(c, batch=1) if c.lengths is None else c for c in CASES)]
 ROUNDED = ("causal", "prefix", "dilated", "decay, alibi, sink", "packed window", "tile")
 IN_SECONDS = ("block-causal", "many heads", "packed", "decay", "wide", "window 2")  # the interpreter's time for one
-RELATIONS = ("empty_rows", "head_maps", "keys_out_of_reach_do_not_matter", "nothing_at_all")
+RELATIONS = ("empty_rows", "nothing_to_merge", "head_maps", "keys_out_of_reach_do_not_matter", "nothing_at_all")
 
 
 @pytest.mark.parametrize("c", [*LIGHT, LONG], ids=lambda c: c.name)
@@ -59,12 +62,13 @@ def test_gradcheck(device):
         case("mask", {"prefix_len": 1, "window": 3}, batch=1, queries=9, sinks=2),
         case("decay", batch=1, queries=7, decay=0.5, alibi=True),
         case("packed", {"chunk_rule": ("summary", 2)}, lengths=((5, 2), (0, 0), (3, 1))),
+        case("merge", {"window": 3}, batch=1, queries=7, sinks=0, merged=True),
     ):
         inputs = c.make(torch.float64)
         names = [n for n in inputs if n in FLOATS]
 
         def run(*tensors, inputs=inputs, names=names):
-            o, lse = op(**{**inputs, **dict(zip(names, tensors, strict=True))})
+            o, lse = called(op, {**inputs, **dict(zip(names, tensors, strict=True))})
             return o, lse.masked_fill(lse == -torch.inf, 0.0)
 
         assert torch.autograd.gradcheck(run, [inputs[n].requires_grad_() for n in names], fast_mode=True), c.name
@@ -155,6 +159,12 @@ PLANTED = {
     "decay reversed": ("attention", "(high_i - high_j) + (low_i - low_j)", "(high_j - high_i) + (low_j - low_i)"),
     "keys of the wrong head": ("attention", "head // (HQ // HKV)", "head % HKV"),
     "q_offset left out": ("attention", "row + tl.arange(0, BLOCK_M) + q_offset\n", "row + tl.arange(0, BLOCK_M)\n"),
+    "merged value without weight": ("attention", "out.to(ACC) * weight[:, None]", "out.to(ACC)"),
+    "merged score ignored": ("attention", "l = tl.exp2(logit - reference) + weight", "l = tl.exp2(logit - reference)"),
+    "merged score outside of the maximum": ("attention", "m = tl.maximum(given, logit)", "m = tl.zeros((BLOCK_M,), ACC) + logit"),
+    "a piece of the columns left out": ("tiles", "tl.range(0, D, BLOCK, ", "tl.range(0, D - BLOCK, BLOCK, "),
+    "merged gradient without weight": ("attention_backward", "weight[:, None] * dO, i, first", "dO, i, first"),
+    "merged score's gradient ignores o": ("attention_backward", "weight * (tl.sum(values * dO, 1) - difference)", "weight * tl.sum(values * dO, 1)"),
     "delta ignores the lse": ("attention_backward", "tl.sum(O * dO, 1) - given", "tl.sum(O * dO, 1)"),
     "scale left out of dq": ("attention_backward", "dQ *= tl.full((), scale, ACC)", "dQ *= 1.0"),
     "first head of a group only": ("attention_backward", "for member in range(group):", "for member in range(1):"),
@@ -165,7 +175,18 @@ PLANTED = {
 NOTICED_BY = [
     c
     for c in LIGHT
-    if c.name in ("block-causal window", "dilated", "dilated far", "prefix", "decay with offset", "sink", "tile")
+    if c.name
+    in (
+        "block-causal window",
+        "dilated",
+        "dilated far",
+        "prefix",
+        "decay with offset",
+        "sink",
+        "tile",
+        "merge",
+        "in pieces",
+    )
 ]
 
 
@@ -204,8 +225,11 @@ def test_sequence_past_element_2_31(device):
 
 
 def test_opcheck(device):
-    c = replace(SMALL, batch=1, queries=9, sinks=0, decay=0.1, mask={})
+    c = replace(SMALL, batch=1, queries=9, sinks=0, decay=0.1, mask={}, merged=True)
     inputs = c.make(device=device)
     tensors = [inputs[n] for n in ("q", "k", "v", "sink")] + [inputs["log_decay"].double().cumsum(1)]
-    args = (*(x.requires_grad_() for x in tensors), None, None, 1, 5, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
+    tensors, first = (
+        [x.requires_grad_() for x in part] for part in (tensors, (inputs["merge_lse"], inputs["merge_o"]))
+    )
+    args = (*tensors, None, None, *first, 1, 5, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
     assert set(torch.library.opcheck(resolve("attention_triton"), args).values()) == {"SUCCESS"}
