@@ -288,7 +288,7 @@ class Problem:
     def has_first(self, q: Tensor, scores: Tensor | None, values: Tensor | None) -> int:
         """Whether every row's softmax begins with a score and a value; checks them."""
         require("first_scores", scores, q, (self.acc,), q.shape[:3])
-        require("first_values", values, q, (q.dtype, self.acc), (*q.shape[:3], self.V))
+        require("first_values", values, q, (q.dtype,), (*q.shape[:3], self.V))
         return int(scores is not None and values is not None)
 
     def launch(self, kernel: str, bits: int) -> dict:

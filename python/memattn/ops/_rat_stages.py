@@ -1,10 +1,9 @@
 """RAT and RAT+ from the Triton kernels of other ops, each with its own backward, and plain torch between them:
 
-    average (gated scan) → rotary → attention over the entries → attention over the state's, going on from its result
+    average (gated scan) → rotary → attention over the entries → joined with the own entry, and with the state's entries
 
-RAT: the scan restarts in every chunk, its ends are the keys of the summary rule, the own entry is exact and where their
-softmax begins, with the score scale · q·k̃. RAT+: one scan, every row is a key of the dilated rule, which sees the own
-entry as kept.
+RAT: the scan restarts in every chunk, its ends are the keys of the summary rule, the own entry is exact and joined by
+its log-sum-exp scale · q·k̃. RAT+: one scan, every row is a key of the dilated rule, which sees the own entry as kept.
 
 Sequences that go on from a state are laid out anew, packed, each behind as many neutral rows (g = 0, k = v = 0) as its
 chunk already has: then chunks begin at multiples of L again, wherever the rows of a batch stand. Every token of a
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memattn.ops._library import resolve
+from memattn.reference.attention import joined
 from memattn.reference.rat_attention import Parts, Rule, group
 from memattn.reference.rotary import rotate
 
@@ -90,14 +90,13 @@ def taken(x: Tensor, index: Tensor, there: Tensor) -> Tensor:
 
 def attend(
     q: Tensor, entries: tuple[Tensor, Tensor], bounds_q: Tensor | None, bounds_k: Tensor | None,
-    first: tuple[Tensor, Tensor] | None, mask: tuple[int, ...], scale: float,
+    mask: tuple[int, ...], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Triton attention: its log-sum-exp and o, which its softmax may begin from."""
+    """Triton attention: o in float32 (float64 with float64 q), and its log-sum-exp."""
     tensors = (x.contiguous() for x in (q, *entries))
-    scores, values = (None, None) if first is None else (x.contiguous() for x in first)
     bounds = bounds_q, bounds_k
-    o, lse = resolve("attention_triton")(*tensors, None, None, *bounds, scores, values, *mask, False, scale)
-    return lse, o
+    o, lse = resolve("attention_triton")(*tensors, None, None, *bounds, None, None, *mask, False, scale)
+    return o.to(lse.dtype), lse
 
 
 def aligned(start: Tensor, lengths: Tensor, tokens: int, stride: int) -> tuple[Rows, Tensor]:
@@ -176,12 +175,14 @@ def softmax(queries, key, value, dtype, rows, entries, entry_rows, state, form: 
     rule = form.rule
     q = rotate(queries, rows.positions() // rule.unit, form.rope_base).to(dtype)
     seen = (rule.stride, 0, 0, 0) if rule.restart else (0, rule.stride, rule.window, rule.prefix)
-    own = (form.scale * (queries * key).sum(-1), value) if rule.restart else None
-    result = attend(q, entries, rows.cu_seqlens, entry_rows.cu_seqlens, own, (1, 0, 0, 0, *seen, 0), form.scale)
+    parts = [attend(q, entries, rows.cu_seqlens, entry_rows.cu_seqlens, (1, 0, 0, 0, *seen, 0), form.scale)]
+    if rule.restart:
+        parts.append((value, form.scale * (queries * key).sum(-1)))
     if state is not None and state[0].shape[1]:
         held, bounds = held_entries(state[0], state[1], state[4] // rule.stride)
-        result = attend(q, held, rows.cu_seqlens, bounds, result, NO_MASK, form.scale)
-    return result[1]
+        parts.append(attend(q, held, rows.cu_seqlens, bounds, NO_MASK, form.scale))
+    outputs, lses = zip(*parts, strict=True)
+    return (outputs[0] if len(parts) == 1 else joined(outputs, lses)[0]).to(dtype)
 
 
 def final_state(rule, rows, entries, running, state, lengths, room) -> Parts:
