@@ -156,6 +156,8 @@ OPS = {
         cases=(*DIMS, "128x128 decay", "128x128 dilated", "256x256 decay"),
         quick=(("bfloat16", "128x128"),),
         matrices=frozenset({"forward_kernel", "queries_kernel", "keys_kernel"}),
+        # float32 and the other architectures: tiles chosen, budgets not all recorded yet.
+        may_spill=lambda arch, dtype, case, kernel: arch != 90 or dtype == "float32",
         dtypes=("bfloat16", "float32"),
         same_kernels=ATTENTION_LAYOUTS,
     ),
