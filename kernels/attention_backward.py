@@ -3,8 +3,10 @@
     dS_ij = P_ij (dO_i·v_j − Δ_i)    Δ_i = dO_i·O_i − dℓ_i    dV = Pᵀ dO    dK = scale dSᵀ Q    dQ = scale dS K
     dc_i = Σ_j dS_ij − Σ_i' dS_i'i                            dsink = −Σ_i e^{sink − ℓ_i} Δ_i
 
+and of a first score ℓ' and value o' of each row: do'_i = e^{ℓ'_i − ℓ_i} dO_i, dℓ'_i = e^{ℓ'_i − ℓ_i} (dO_i·o'_i − Δ_i).
+
 Kernels:
-    delta     per row of o: Δ
+    delta     per row of o: Δ, do', dℓ'
     queries   per tile of queries and head, over the tiles of keys in reach as in forward: dQ, and the row sums of dS
     keys      per tile of keys and key head, over the heads that read it and the tiles of queries in reach: dK, dV, and
               per head the column sums of dS. Sᵀ and dPᵀ are computed as such: see gated_delta_rule_backward.py on why
@@ -20,16 +22,38 @@ import triton.language as tl
 from torch import Tensor
 
 from memattn.kernels import config
-from memattn.kernels.attention import LOG2E, SIZES, Problem, first_position, key_head_of, scaled_scores
-from memattn.kernels.attention_mask import key_tiles, row_tiles, seen_pairs, seen_range, visited
+from memattn.kernels.attention import (
+    LOG2E,
+    SIZES,
+    Problem,
+    first_position,
+    key_head_of,
+    key_scores,
+    over_keys,
+    own_decay,
+    query_rows,
+    scaled_scores,
+)
+from memattn.kernels.attention_mask import row_tiles, seen_pairs, seen_range
 from memattn.kernels.checks import require
 from memattn.kernels.gated_delta_rule import OPERANDS, new
-from memattn.kernels.tiles import dot, load_column, load_tile, locate, sequence_bounds, store_tile
+from memattn.kernels.tiles import (
+    dot,
+    load_column,
+    load_tile,
+    locate,
+    row_products,
+    rows_or_address,
+    sequence_bounds,
+    store_tile,
+    whole_rows,
+)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "has_dlse"])
 def delta_kernel(
-    o, do, dlse, delta, rows, has_dlse, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
+    o, do, dlse, lse, first_scores, first_values, delta, dfirst_scores, dfirst_values, rows, has_dlse, has_first,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R
     i = tl.arange(0, BLOCK_R)
@@ -37,7 +61,15 @@ def delta_kernel(
     O = load_tile(o + row * V, i, live, V, 0, V, BLOCK_V).to(ACC)
     dO = load_tile(do + row * V, i, live, V, 0, V, BLOCK_V).to(ACC)
     given = tl.load(dlse + row + i, mask=i < (rows - row) * has_dlse, other=0.0)
-    tl.store(delta + row + i, tl.sum(O * dO, 1) - given, mask=live)
+    difference = tl.sum(O * dO, 1) - given
+    tl.store(delta + row + i, difference, mask=live)
+    first = i < (rows - row) * has_first
+    score = tl.load(first_scores + row + i, mask=first, other=float("-inf"))
+    there = score != float("-inf")
+    weight = tl.exp(score - tl.load(lse + row + i, mask=there, other=0.0))
+    values = load_tile(first_values + row * V, i, there, V, 0, V, BLOCK_V).to(ACC)
+    tl.store(dfirst_scores + row + i, weight * (tl.sum(values * dO, 1) - difference), mask=first)
+    store_tile(dfirst_values + row * V, weight[:, None] * dO, i, first, V, 0, V, BLOCK_V)
 
 
 @triton.jit
@@ -49,27 +81,25 @@ def load_lse(base, i, live, stride, ACC: tl.constexpr):
 
 @triton.jit
 def add_keys(
-    queries, dO, lse, delta, k, v, high, low, x, live, stride, seen, high_i, low_i, scale, dQ, sums, HKV, HQ,
+    sums, own, k, v, high, low, x, live, stride, seen, scale, HQ, HKV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ (times scale later) and to the row sums of dS."""
-    keys = load_tile(k, x, live, stride * HKV * K, 0, K, BLOCK_K)
-    products = dot(queries, tl.trans(keys), tl.zeros((queries.shape[0], x.shape[0]), ACC), PRECISION)
+    """What one tile of keys adds to (dQ, row sums of dS); dQ is to be scaled later."""
+    dQ, row_sums = sums
+    queries, dO, lse, delta, y, live_y, high_i, low_i = own
+    keys = rows_or_address(k, x, live, stride * HKV * K, K, BLOCK_K)
+    s = key_scores(
+        queries, y, live_y, high_i, low_i, keys, high, low, x, live, stride, seen, scale, HQ, HKV, K, BLOCK_K, ACC,
+        PRECISION, DECAY, MASKED,
+    )  # fmt: skip
+    values = rows_or_address(v, x, live, stride * HKV * V, V, BLOCK_V)
+    dP = row_products(dO, y, live_y, HQ * V, values, x, live, stride * HKV * V, V, BLOCK_V, ACC, PRECISION)
+    dS = tl.exp2(s - lse[:, None]) * (dP - delta[:, None])
     if DECAY:
-        high_j, low_j = load_column(high, x, live, stride * HQ, ACC), load_column(low, x, live, stride * HQ, ACC)
-        s = scaled_scores(products, scale, high_i, low_i, high_j[None, :], low_j[None, :], DECAY, ACC)
-    else:
-        s = scaled_scores(products, scale, 0, 0, 0, 0, DECAY, ACC)
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
-    p = tl.exp2(s - lse[:, None])
-    values = load_tile(v, x, live, stride * HKV * V, 0, V, BLOCK_V)
-    dP = dot(dO, tl.trans(values), tl.zeros((queries.shape[0], x.shape[0]), ACC), PRECISION)
-    dS = p * (dP - delta[:, None])
-    if DECAY:
-        sums += tl.sum(dS, 1)
-    return dot(dS.to(keys.dtype), keys, dQ, PRECISION), sums
+        row_sums += tl.sum(dS, 1)
+    keys = whole_rows(keys, x, live, stride * HKV * K, K, BLOCK_K)
+    return dot(dS.to(keys.dtype), keys, dQ, PRECISION), row_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -83,81 +113,41 @@ def queries_kernel(
     """dq, and into row_sums [B,Tk,HQ], at the keys of the queries' positions, the row sums of dS."""
     program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     head, slot = program % HQ, program // HQ
-    wide = program * 0  # makes the offset that it is added to 64 bits wide
     mask = (causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix)
-    n, first_q, rows, part = locate(slot, cu_seqlens_q, N, TQ, BLOCK_M, packed)
-    first_k, length = sequence_bounds(n, cu_seqlens_k, TK, packed)
-    row, rows = (part * BLOCK_M).to(tl.int32), rows.to(tl.int32)
-    q_offset = first_position(q_offset, rows, length.to(tl.int32))
-    length = tl.where(row < rows, length, 0).to(tl.int32)
-    y, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row, rows, first_q, first_k, length, q_offset = query_rows(
+        slot, cu_seqlens_q, cu_seqlens_k, N, TQ, TK, q_offset, packed, BLOCK_M
+    )
+    y = tl.arange(0, BLOCK_M)
     live = y < rows - row
-    i = row + y + q_offset
-    begin, end = seen_range(i, length, mask)
-
     token = (first_q + row) * HQ + head
-    key_head = key_head_of(head, HQ, HKV, tile_heads)
-    queries = load_tile(q + token * K, y, live, HQ * K, 0, K, BLOCK_K)
-    dO = load_tile(do + token * V, y, live, HQ * V, 0, V, BLOCK_V)
+    key = first_k * HKV + key_head_of(head, HQ, HKV, tile_heads)
+    known = live & (row + y + q_offset < length)
+    high_i, low_i = own_decay(high, low, y, known, first_k + row + q_offset, head, HQ, ACC, DECAY)
+    queries = rows_or_address(q + token * K, y, live, HQ * K, K, BLOCK_K)
+    dO = rows_or_address(do + token * V, y, live, HQ * V, V, BLOCK_V)
     lse_i, delta_i = load_lse(lse + token, y, live, HQ, ACC), load_column(delta + token, y, live, HQ, ACC)
-    keys, values = k + (first_k * HKV + key_head) * K, v + (first_k * HKV + key_head) * V
-    high += first_k * HQ + head
-    low += first_k * HQ + head
-    high_i, low_i = tl.zeros((1, 1), ACC), tl.zeros((1, 1), ACC)
-    own = (row + q_offset + wide) * HQ
-    known = live & (i < length)
+    sums = tl.zeros((BLOCK_M, triton.next_power_of_2(K)), ACC), tl.zeros((BLOCK_M,), ACC)
+    dQ, sums = over_keys(
+        add_keys, sums, (queries, dO, lse_i, delta_i, y, live, high_i, low_i), k + key * K, v + key * V,
+        high + first_k * HQ + head, low + first_k * HQ + head, row, rows, length, q_offset, mask, scale, HQ, HKV, K, V,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, DILATED,
+    )  # fmt: skip
+    dQ *= tl.full((), scale, ACC)
+    store_tile(dq + token * K, dQ, y, live, HQ * K, 0, K, triton.next_power_of_2(K))
     if DECAY:
-        high_i = load_column(high + own, y, known, HQ, ACC)[:, None]
-        low_i = load_column(low + own, y, known, HQ, ACC)[:, None]
-    dQ, sums = tl.zeros((BLOCK_M, BLOCK_K), ACC), tl.zeros((BLOCK_M,), ACC)
-
-    last = tl.minimum(row + BLOCK_M, rows) - 1
-    a, b, c, d, e = key_tiles(row + q_offset, last + q_offset, length, mask, BLOCK_N, DILATED)
-    for t in range(a + (c - b) + (e - d)):
-        from_key = visited(t, a, b, c, d) * BLOCK_N
-        at = from_key + wide
-        j = from_key + x
-        seen = seen_pairs(i[:, None], begin[:, None], end[:, None], j[None, :], length, mask, DILATED)
-        dQ, sums = add_keys(
-            queries, dO, lse_i, delta_i, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ, x,
-            j < length, 1, seen, high_i, low_i, scale, dQ, sums, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION,
-            DECAY, True,
-        )  # fmt: skip
-    if DILATED:
-        before = c * BLOCK_N // dilation
-        count = d * BLOCK_N // dilation - before
-        for t in range((count + BLOCK_N - 1) // BLOCK_N):
-            at = (before + 1 + t * BLOCK_N + wide) * dilation - 1
-            j = (at + x * (dilation + wide)).to(tl.int32)
-            there = x < count - t * BLOCK_N
-            seen = there[None, :] & (j[None, :] >= begin[:, None]) & (j[None, :] < end[:, None])
-            dQ, sums = add_keys(
-                queries, dO, lse_i, delta_i, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ,
-                x, there, dilation + wide, seen, high_i, low_i, scale, dQ, sums, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC,
-                PRECISION, DECAY, True,
-            )  # fmt: skip
-    else:
-        for tile in range(c, d):
-            at = tile * BLOCK_N + wide
-            dQ, sums = add_keys(
-                queries, dO, lse_i, delta_i, keys + at * HKV * K, values + at * HKV * V, high + at * HQ, low + at * HQ,
-                x, x < BLOCK_N, 1, x, high_i, low_i, scale, dQ, sums, HKV, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION,
-                DECAY, False,
-            )  # fmt: skip
-    store_tile(dq + token * K, dQ * tl.full((), scale, ACC), y, live, HQ * K, 0, K, BLOCK_K)
-    if DECAY:
-        tl.store(row_sums + first_k * HQ + head + own + y * HQ, sums, mask=known)
+        tl.store(row_sums + (first_k + row + q_offset) * HQ + head + y * HQ, sums, mask=known)
 
 
 @triton.jit
 def add_rows(
-    keys, values, q, do, lse, delta, high, low, y, live, known, seen, high_j, low_j, scale, dK, dV, sums, HQ,
+    keys, values, x, there, q, do, lse, delta, high, low, y, live, known, seen, high_j, low_j, scale, dK, dV, sums,
+    HQ, HKV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dK (times scale later), dV and the column sums of dS."""
-    queries = load_tile(q, y, live, HQ * K, 0, K, BLOCK_K)
-    products = dot(keys, tl.trans(queries), tl.zeros((keys.shape[0], y.shape[0]), ACC), PRECISION)
+    queries = rows_or_address(q, y, live, HQ * K, K, BLOCK_K)
+    products = row_products(keys, x, there, HKV * K, queries, y, live, HQ * K, K, BLOCK_K, ACC, PRECISION)
     if DECAY:
         high_i, low_i = load_column(high, y, known, HQ, ACC), load_column(low, y, known, HQ, ACC)
         s = scaled_scores(products, scale, high_i[None, :], low_i[None, :], high_j, low_j, DECAY, ACC)
@@ -166,12 +156,14 @@ def add_rows(
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
     p = tl.exp2(s - load_lse(lse, y, live, HQ, ACC)[None, :])
-    dO = load_tile(do, y, live, HQ * V, 0, V, BLOCK_V)
-    dV = dot(p.to(dO.dtype), dO, dV, PRECISION)
-    dP = dot(values, tl.trans(dO), tl.zeros((keys.shape[0], y.shape[0]), ACC), PRECISION)
+    dO = rows_or_address(do, y, live, HQ * V, V, BLOCK_V)
+    tile = whole_rows(dO, y, live, HQ * V, V, BLOCK_V)
+    dV = dot(p.to(tile.dtype), tile, dV, PRECISION)
+    dP = row_products(values, x, there, HKV * V, dO, y, live, HQ * V, V, BLOCK_V, ACC, PRECISION)
     dS = p * (dP - load_column(delta, y, live, HQ, ACC)[None, :])
     if DECAY:
         sums += tl.sum(dS, 1)
+    queries = whole_rows(queries, y, live, HQ * K, K, BLOCK_K)
     return dot(dS.to(queries.dtype), queries, dK, PRECISION), dV, sums
 
 
@@ -198,9 +190,10 @@ def keys_kernel(
     there = x < length - from_key
 
     token = (first_k + from_key) * HKV + key_head
-    keys = load_tile(k + token * K, x, there, HKV * K, 0, K, BLOCK_K)
-    values = load_tile(v + token * V, x, there, HKV * V, 0, V, BLOCK_V)
-    dK, dV = tl.zeros((BLOCK_N, BLOCK_K), ACC), tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    keys = rows_or_address(k + token * K, x, there, HKV * K, K, BLOCK_K)
+    values = rows_or_address(v + token * V, x, there, HKV * V, V, BLOCK_V)
+    dK = tl.zeros((BLOCK_N, triton.next_power_of_2(K)), ACC)
+    dV = tl.zeros((BLOCK_N, triton.next_power_of_2(V)), ACC)
     group = HQ // HKV
     b, c, d, e = row_tiles(from_key, rows, length, q_offset, steps, mask, BLOCK_N, BLOCK_M, DILATED)
     for member in range(group):
@@ -208,11 +201,7 @@ def keys_kernel(
         queries, dO = q + (first_q * HQ + head) * K, do + (first_q * HQ + head) * V
         lse_head, delta_head = lse + first_q * HQ + head, delta + first_q * HQ + head
         at_keys = first_k * HQ + head
-        high_j, low_j = tl.zeros((1, 1), ACC), tl.zeros((1, 1), ACC)
-        if DECAY:
-            own = (from_key + wide) * HQ + at_keys
-            high_j = load_column(high + own, x, there, HQ, ACC)[:, None]
-            low_j = load_column(low + own, x, there, HQ, ACC)[:, None]
+        high_j, low_j = own_decay(high, low, x, there, first_k + from_key, head, HQ, ACC, DECAY)
         sums = tl.zeros((BLOCK_N,), ACC)
         for t in range((c - b) + (e - d)):
             row = tl.where(t < c - b, b + t, d + t - (c - b)) * BLOCK_M
@@ -222,37 +211,42 @@ def keys_kernel(
             seen = seen_pairs(i[None, :], begin[None, :], end[None, :], j[:, None], length, mask, DILATED)
             position = at_keys + (row + q_offset + wide) * HQ
             dK, dV, sums = add_rows(
-                keys, values, queries + at * K, dO + at * V, lse_head + at, delta_head + at, high + position,
+                keys, values, x, there, queries + at * K, dO + at * V, lse_head + at, delta_head + at, high + position,
                 low + position, y, y < rows - row, (y < rows - row) & (i < length), seen, high_j, low_j, scale, dK, dV,
-                sums, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, True,
+                sums, HQ, HKV, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, True,
             )  # fmt: skip
         for tile in range(c, d):
             row = tile * BLOCK_M
             at = (row + wide) * HQ
             position = at_keys + (row + q_offset + wide) * HQ
             dK, dV, sums = add_rows(
-                keys, values, queries + at * K, dO + at * V, lse_head + at, delta_head + at, high + position,
+                keys, values, x, there, queries + at * K, dO + at * V, lse_head + at, delta_head + at, high + position,
                 low + position, y, y < rows - row, y < tl.minimum(rows, length - q_offset) - row, y, high_j, low_j,
-                scale, dK, dV, sums, HQ, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, False,
+                scale, dK, dV, sums, HQ, HKV, K, V, BLOCK_K, BLOCK_V, ACC, PRECISION, DECAY, False,
             )  # fmt: skip
         if DECAY:
-            tl.store(column_sums + at_keys + (from_key + wide) * HQ + x * HQ, sums, mask=there)
-    store_tile(dk + token * K, dK * tl.full((), scale, ACC), x, there, HKV * K, 0, K, BLOCK_K)
-    store_tile(dv + token * V, dV, x, there, HKV * V, 0, V, BLOCK_V)
+            tl.store(column_sums + (first_k + from_key) * HQ + head + x * HQ, sums, mask=there)
+    store_tile(dk + token * K, dK * tl.full((), scale, ACC), x, there, HKV * K, 0, K, triton.next_power_of_2(K))
+    store_tile(dv + token * V, dV, x, there, HKV * V, 0, V, triton.next_power_of_2(V))
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def delta_of(p: Problem, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> Tensor:
-    """Δ [B,Tq,HQ]."""
+def delta_of(
+    p: Problem, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, first: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ [B,Tq,HQ], and the gradients of first_scores and first_values, [0] without them."""
     delta, rows = torch.empty_like(lse), lse.numel()
-    options = config.pinned("attention_delta", OPERANDS[o.dtype], p.V, p.V)
-    delta_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](
-        o, do, delta if dlse is None else dlse, delta, rows, int(dlse is not None),
-        V=p.V, ACC=config.TYPES[p.acc], **options,
-    )  # fmt: skip
-    return delta
+    gradients = (new(lse, 0), new(o, 0)) if first is None else tuple(torch.empty_like(x) for x in first)
+    if rows:
+        options = config.pinned("attention_delta", OPERANDS[o.dtype], p.V, p.V)
+        delta_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](
+            o, do, delta if dlse is None else dlse, lse, *(first or (lse, o)), delta,
+            *(gradients if first else (delta, o)), rows, int(dlse is not None), int(first is not None),
+            V=p.V, ACC=config.TYPES[p.acc], **options,
+        )  # fmt: skip
+    return delta, *gradients
 
 
 def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -263,11 +257,11 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 def backward(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None,
-    decay: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: int, window: int,
-    prefix_len: int, block_size: int, summary: int, dilation: int, dilated_window: int, dilated_prefix: int,
-    q_offset: int, tile_heads: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dsink, ddecay), each in its input's dtype; shape [0] where the input is None."""
+    decay: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, first_scores: Tensor | None,
+    first_values: Tensor | None, causal: int, window: int, prefix_len: int, block_size: int, summary: int,
+    dilation: int, dilated_window: int, dilated_prefix: int, q_offset: int, tile_heads: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dsink, ddecay, dfirst_scores, dfirst_values), each in its input's dtype; [0] where that is None."""
     with torch.cuda.device_of(q):
         mask = causal, window, prefix_len, block_size, summary, dilation, dilated_window, dilated_prefix
         p = Problem.of(q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k, mask, q_offset, tile_heads)
@@ -277,7 +271,8 @@ def backward(
         require("dlse", dlse, q, (p.acc,), q.shape[:3])
         dq, dk, dv, bits = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), OPERANDS[q.dtype]
         row_sums, column_sums = (lse if decay is None else torch.zeros_like(decay, dtype=p.acc) for _ in range(2))
-        delta = delta_of(p, do, dlse, o, lse) if lse.numel() else lse
+        first = (first_scores, first_values) if p.has_first(q, first_scores, first_values) else None
+        delta, *dfirst = delta_of(p, do, dlse, o, lse, first)
         bounds = p.cu_seqlens_q, p.cu_seqlens_k
         if q.numel():
             options = p.launch("attention_queries", bits)
@@ -285,11 +280,11 @@ def backward(
                 q, k, v, do, *p.decay, *bounds, lse, delta, dq, row_sums, scale, *p.sizes, **options
             )
         if k.numel():
-            options = p.launch("attention_keys", bits)
+            options = p.launch("attention_keys_decay" if p.decays else "attention_keys", bits)
             keys_kernel[(p.slots(p.TK, options["BLOCK_N"]) * p.HKV,)](
                 q, k, v, do, *p.decay, *bounds, lse, delta, dk, dv, column_sums, scale, *p.sizes, p.TQ.bit_length(),
                 **options,
             )  # fmt: skip
         dsink = new(lse, 0) if sink is None else sink_gradient(sink, lse, delta)
         ddecay = new(lse, 0) if decay is None else row_sums.double() - column_sums.double()
-        return dq, dk, dv, dsink, ddecay
+        return dq, dk, dv, dsink, ddecay, *dfirst

@@ -108,6 +108,41 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rows_or_address(base, i, live, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One operand of row_products: the rows of a matrix with D columns, or where they lie if BLOCK is narrower."""
+    if BLOCK >= D:
+        return load_tile(base, i, live, stride, 0, D, BLOCK)
+    else:
+        return base
+
+
+@triton.jit
+def whole_rows(rows, i, live, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile of the rows that rows_or_address gave."""
+    if BLOCK >= D:
+        return rows
+    else:
+        return load_tile(rows, i, live, stride, 0, D, triton.next_power_of_2(D))
+
+
+@triton.jit
+def row_products(
+    a, i, live_i, stride_a, b, j, live_j, stride_b,
+    D: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a_i · b_j over D columns: of rows held whole, or of rows in memory, BLOCK columns at a time in few registers."""
+    products = tl.zeros((i.shape[0], j.shape[0]), ACC)
+    if BLOCK >= D:
+        products = dot(a, tl.trans(b), products, PRECISION)
+    else:
+        for start in tl.range(0, D, BLOCK, loop_unroll_factor=1):
+            part = load_tile(a, i, live_i, stride_a, start, D, BLOCK)
+            other = load_tile(b, j, live_j, stride_b, start, D, BLOCK)
+            products = dot(part, tl.trans(other), products, PRECISION)
+    return products
+
+
+@triton.jit
 def pair_decay(total_i, total_j, mask):
     """e^{G_i−G_j} where mask, else 0. Masked before exp: outside, the difference is positive and may overflow."""
     return tl.where(mask, tl.exp(tl.where(mask, total_i - total_j, 0.0)), 0.0)

@@ -21,9 +21,20 @@ from memattn.reference.attention_mask import Mask
 pytestmark = pytest.mark.usefixtures("interpreter")
 op = functools.partial(attention, backend="triton")
 FAR = case("dilated far", {"chunk_rule": ("dilated", 6, 4, 5)}, batch=1, queries=150)  # whole tiles of gathered keys
-LIGHT = [FAR, *(replace(c, batch=1) if c.lengths is None else c for c in CASES)]
+PIECES = case(
+    "in pieces", batch=1, queries=40, key_dim=72, value_dim=40, decay=0.1, sinks=0
+)  # of 32 columns, the last of 8
+LIGHT = [FAR, PIECES, *(replace(c, batch=1) if c.lengths is None else c for c in CASES)]
 ROUNDED = ("causal", "prefix", "dilated", "decay, alibi, sink", "packed window", "tile")
-IN_SECONDS = ("block-causal", "many heads", "packed", "decay", "wide", "window 2")  # the interpreter's time for one
+IN_SECONDS = (
+    "block-causal",
+    "merge, decay",
+    "many heads",
+    "packed",
+    "decay",
+    "wide",
+    "window 2",
+)  # the interpreter's time for one
 RELATIONS = ("empty_rows", "head_maps", "keys_out_of_reach_do_not_matter", "nothing_at_all")
 
 
@@ -154,9 +165,15 @@ PLANTED = {
     "lse in base 2": ("attention", "(m + tl.log2(tl.where(empty, 1.0, l))) * LN2", "(m + tl.log2(tl.where(empty, 1.0, l)))"),
     "decay reversed": ("attention", "(high_i - high_j) + (low_i - low_j)", "(high_j - high_i) + (low_j - low_i)"),
     "keys of the wrong head": ("attention", "head // (HQ // HKV)", "head % HKV"),
-    "q_offset left out": ("attention", "i = row + y + q_offset", "i = row + y"),
+    "q_offset left out": ("attention", "row + tl.arange(0, BLOCK_M) + q_offset\n", "row + tl.arange(0, BLOCK_M)\n"),
+    "merged value without weight": ("attention", "out.to(ACC) * weight[:, None]", "out.to(ACC)"),
+    "merged score ignored": ("attention", "l = tl.exp2(logit - reference) + weight", "l = tl.exp2(logit - reference)"),
+    "merged score outside of the maximum": ("attention", "m = tl.maximum(given, logit)", "m = tl.zeros((BLOCK_M,), ACC) + logit"),
+    "a piece of the columns left out": ("tiles", "tl.range(0, D, BLOCK, ", "tl.range(0, D - BLOCK, BLOCK, "),
+    "merged gradient without weight": ("attention_backward", "weight[:, None] * dO, i, first", "dO, i, first"),
+    "merged score's gradient ignores o": ("attention_backward", "weight * (tl.sum(values * dO, 1) - difference)", "weight * tl.sum(values * dO, 1)"),
     "delta ignores the lse": ("attention_backward", "tl.sum(O * dO, 1) - given", "tl.sum(O * dO, 1)"),
-    "scale left out of dq": ("attention_backward", "dQ * tl.full((), scale, ACC)", "dQ"),
+    "scale left out of dq": ("attention_backward", "dQ *= tl.full((), scale, ACC)", "dQ *= 1.0"),
     "first head of a group only": ("attention_backward", "for member in range(group):", "for member in range(1):"),
     "column sums lost": ("attention_backward", "row_sums.double() - column_sums.double()", "row_sums.double()"),
     "a tile of rows left out": ("attention_backward", "for t in range((c - b) + (e - d)):", "for t in range((c - b) + (e - d) - 1):"),
@@ -165,7 +182,18 @@ PLANTED = {
 NOTICED_BY = [
     c
     for c in LIGHT
-    if c.name in ("block-causal window", "dilated", "dilated far", "prefix", "decay with offset", "sink", "tile")
+    if c.name
+    in (
+        "block-causal window",
+        "dilated",
+        "dilated far",
+        "prefix",
+        "decay with offset",
+        "sink",
+        "tile",
+        "merge",
+        "in pieces",
+    )
 ]
 
 
@@ -204,8 +232,11 @@ def test_sequence_past_element_2_31(device):
 
 
 def test_opcheck(device):
-    c = replace(SMALL, batch=1, queries=9, sinks=0, decay=0.1, mask={})
+    c = replace(SMALL, batch=1, queries=9, sinks=0, decay=0.1, mask={}, merged=True)
     inputs = c.make(device=device)
     tensors = [inputs[n] for n in ("q", "k", "v", "sink")] + [inputs["log_decay"].double().cumsum(1)]
-    args = (*(x.requires_grad_() for x in tensors), None, None, 1, 5, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
+    tensors, first = (
+        [x.requires_grad_() for x in part] for part in (tensors, (inputs["merge_lse"], inputs["merge_o"]))
+    )
+    args = (*tensors, None, None, *first, 1, 5, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
     assert set(torch.library.opcheck(resolve("attention_triton"), args).values()) == {"SUCCESS"}

@@ -56,7 +56,9 @@ def plans(mask, rows: int, keys: int, block: int, device: str) -> tuple[list, li
 def planted(bug: str, name: str, old: str, new: str, folder: Path) -> tuple[Callable, Callable]:
     """forward and backward of a copy of the kernels in which `new` stands for `old`."""
     source = Path(next(iter(memattn.kernels.__path__)))
-    texts = {n: (source / f"{n}.py").read_text() for n in ("attention_mask", "attention", "attention_backward")}
+    texts = {
+        n: (source / f"{n}.py").read_text() for n in ("tiles", "attention_mask", "attention", "attention_backward")
+    }
     relations.with_bug(bug, old, new, texts[name])
     texts[name] = texts[name].replace(old, new)
     for n, text in texts.items():

@@ -94,7 +94,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Triton attention: o in float32 (float64 with float64 q), and its log-sum-exp."""
     tensors = (x.contiguous() for x in (q, *entries))
-    o, lse = resolve("attention_triton")(*tensors, None, None, bounds_q, bounds_k, *mask, False, scale)
+    bounds = bounds_q, bounds_k
+    o, lse = resolve("attention_triton")(*tensors, None, None, *bounds, None, None, *mask, False, scale)
     return o.to(lse.dtype), lse
 
 

@@ -43,8 +43,10 @@ OP = "attention"
 
 # --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? decay, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-_MERGED = f"{_ARGUMENTS}, Tensor? first_scores, Tensor? first_values"  # of another call: ℓ' and o'
+_ARGUMENTS = (  # first_scores and first_values are another call's ℓ' and o'
+    "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? decay, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? first_scores, Tensor? first_values"
+)
 # A size of 0 stands for "no such term"; causal is 0 (no), 1 (per token) or 2 (per block).
 _SETTINGS = (
     "int causal, int window, int prefix_len, int block_size, int summary, int dilation, int dilated_window, "
@@ -78,17 +80,16 @@ def _backward(op, saved, args, grads):
     return dq, dk, dv, dsink, ddecay, None, None, *dfirst, *(None,) * _NUMBERS
 
 
-def _family(arguments: str) -> Differentiable:
-    gradients = ", ".join(["Tensor"] * (arguments.count(",") - 1))  # of all but the cu_seqlens
-    return Differentiable(
-        schema=f"({arguments}, {_SETTINGS}) -> (Tensor, Tensor)",
-        backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {arguments}, {_SETTINGS}) -> ({gradients})",
-        fake=_fake,
-        backward_fake=_backward_fake,
-        outputs=2,
-        save=_save,
-        backward=_backward,
-    )
+_GRADIENTS = ", ".join(["Tensor"] * (_ARGUMENTS.count(",") - 1))  # of all but the cu_seqlens
+FAMILY = Differentiable(
+    schema=f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, {_SETTINGS}) -> ({_GRADIENTS})",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    outputs=2,
+    save=_save,
+    backward=_backward,
+)
 
 
 def _triton_forward():
@@ -103,17 +104,16 @@ def _triton_backward():
     return attention_backward.backward
 
 
-define_differentiable(f"{OP}_cpu", _family(_MERGED))
-define_differentiable(f"{OP}_triton", _family(_ARGUMENTS))
+define_differentiable(f"{OP}_cpu", FAMILY)
+define_differentiable(f"{OP}_triton", FAMILY)
 implement(f"{OP}_triton", _triton_forward)
 implement(f"{OP}_triton_backward", _triton_backward)
 
-_FEATURES = frozenset({"backward", "packed", "q_offset='end'"})
-_MERGING = _FEATURES | {"merge"}
+_FEATURES = frozenset({"backward", "merge", "packed", "q_offset='end'"})
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
 backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_FEATURES))
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_MERGING))
-_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_MERGING)
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
+_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
@@ -258,7 +258,6 @@ def attention(
 
     `merge`: the result is that over its keys and these, `merge_states([merge.o, o], [merge.lse, lse])` without the pass
     that this would take. Sinks of both calls count; each has its own mask. Rows with merge.lse = −inf gain nothing.
-    The Triton backend joins the two results afterwards.
 
     Returns AttentionOutput(o, lse). Differentiable once, through o and lse, in q, k, v, sink, log_decay, alibi_slopes
     and merge. NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do
@@ -290,7 +289,7 @@ def attention(
     first_values, first_scores = (None, None) if merge is None else merge
     train = check.needs_grad(q, k, v, sink, log_decay, alibi_slopes, first_values, first_scores)
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens_q is not None else ())
-    features += ("q_offset='end'",) if q_offset == "end" else ()
+    features += (("q_offset='end'",) if q_offset == "end" else ()) + (("merge",) if merge is not None else ())
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
     name = backends.choose(OP, request, backend, lambda: check.describe(q=q, k=k, v=v, sink=sink, log_decay=log_decay))
     if name == "chunked":
@@ -304,14 +303,7 @@ def attention(
     tensors = check.contiguous(
         q, k, v, None if sink is None else reference.one_sink(sink, reference.accumulate_dtype(q.dtype)),
         reference.cumulative_decay(log_decay, alibi_slopes, k), cu_seqlens_q,
-        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, first_scores, first_values,
     )  # fmt: skip
     numbers = *settings(mask), head_map == "tile", q.shape[3] ** -0.5 if scale is None else float(scale)
-    if "merge" in backends.registry()[OP][name].features:
-        tensors += check.contiguous(first_scores, first_values)
-        return AttentionOutput(*_OPS[name](*tensors, *numbers))
-    o, lse = _OPS[name](*tensors, *numbers)
-    if merge is None:
-        return AttentionOutput(o, lse)
-    o, lse = reference.joined([x.to(lse.dtype) for x in (merge[0], o)], [merge[1], lse])
-    return AttentionOutput(o.to(q.dtype), lse)
+    return AttentionOutput(*_OPS[name](*tensors, *numbers))
