@@ -191,49 +191,46 @@ def scan_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    x = (program % blocks).to(tl.int32) * BLOCK_V
     head, n = (program // blocks) % H, program // blocks // H
     begin, segments, first, length = memories_of(n, cu_seqlens_k, S, key_size, packed)
-    i, d, x = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), (program % blocks).to(tl.int32) * BLOCK_V
-    x += tl.arange(0, BLOCK_V)
-    inside = (d < K)[:, None] & (x < V)[None, :]
-    place = d[:, None] * COLUMNS + (first_column + x)[None, :]
-    size = K * COLUMNS
-    outside = (n * H + head) * size
+    size, outside = K * COLUMNS, (n * H + head) * K * COLUMNS + first_column
+    i, d, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_J)
     at = begin + segments if REVERSE else begin
-    X = tl.load(start + outside + place, mask=inside & (d < K * has_start)[:, None], other=0.0).to(ACC)
+    here = table + (at * H + head) * size + first_column
+    X = load_tile(start + outside, d, d < K * has_start, COLUMNS, x, V, BLOCK_V).to(ACC)
     if REVERSE:
-        X += tl.load(table + (at * H + head) * size + place, mask=inside, other=0.0)
-    tl.store(table + (at * H + head) * size + place, X, mask=inside)
+        X += load_tile(here, d, d < K, COLUMNS, x, V, BLOCK_V)
+    store_tile(here, X, d, d < K, COLUMNS, x, V, BLOCK_V)
     for _ in range(segments.to(tl.int32)):
         after = at - 1 if REVERSE else at + 1
+        there = table + (after * H + head) * size + first_column
         segment = after if REVERSE else at
-        frozen = X
-        X += tl.load(table + (after * H + head) * size + place, mask=inside, other=0.0)
+        X += load_tile(there, d, d < K, COLUMNS, x, V, BLOCK_V)
+        if BY_ROWS or ERASES:
+            tl.debug_barrier()  # what is loaded of X_s below, other threads of the block have stored
         if BY_ROWS:
-            old = frozen.to(k.dtype.element_ty)
             row = first + (segment - begin) * key_size
             rows = tl.minimum(first + length - row, key_size)
             for t in range(0, rows.to(tl.int32), BLOCK_T):
                 left, base = rows - t, (row + t) * H + head
-                keys = load_tile(k + base * K, i, i < left, H * K, 0, K, BLOCK_K)
+                read = tl.zeros((BLOCK_T, BLOCK_V), ACC)
+                for c in range(0, K, BLOCK_J):
+                    part = load_tile(k + base * K, i, i < left, H * K, c, K, BLOCK_J)
+                    old = load_tile(here, c + j, c + j < K, COLUMNS, x, V, BLOCK_V)
+                    read = dot(part, old.to(part.dtype), read, PRECISION)
                 weight = load_factor(beta + base, i, left, H, has_beta, ACC)
                 weight *= load_factor(factor + base, i, left, H, has_factor, ACC)
-                read = dot(keys, old, tl.zeros((BLOCK_T, BLOCK_V), ACC), PRECISION) * weight[:, None]
-                X = dot(tl.trans(keys), (-read).to(keys.dtype), X, PRECISION)
+                keys = load_tile(k + base * K, i, i < left, H * K, 0, K, BLOCK_K)
+                X = dot(tl.trans(keys), (read * -weight[:, None]).to(keys.dtype), X, PRECISION)
         if ERASES:
-            tl.debug_barrier()  # what the loop loads of X, other threads of the block have stored
-            before = table + (at * H + head) * size
-            for column in range(0, K, BLOCK_J):
-                j = column + tl.arange(0, BLOCK_J)
-                A = load_tile(erase + (segment * H + head) * K * K, d, d < K, K, column, K, BLOCK_J)
-                rows_j = tl.load(
-                    before + j[:, None] * COLUMNS + (first_column + x)[None, :],
-                    mask=(j < K)[:, None] & (x < V)[None, :], other=0.0,
-                )  # fmt: skip
-                X = dot(A, -rows_j, X, PRECISION)
-        tl.store(table + (after * H + head) * size + place, X, mask=inside)
-        at = after
-    tl.store(end + outside + place, X, mask=inside & (d < K * has_end)[:, None])
+            for c in range(0, K, BLOCK_J):
+                A = load_tile(erase + (segment * H + head) * K * K, d, d < K, K, c, K, BLOCK_J)
+                old = load_tile(here, c + j, c + j < K, COLUMNS, x, V, BLOCK_V)
+                X = dot(A, -old, X, PRECISION)
+        store_tile(there, X, d, d < K, COLUMNS, x, V, BLOCK_V)
+        at, here = after, there
+    store_tile(end + outside, X, d, d < K * has_end, COLUMNS, x, V, BLOCK_V)
 
 
 @triton.jit
