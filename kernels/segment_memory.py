@@ -434,11 +434,11 @@ def blocks(options: dict, *names: str) -> int:
 
 
 def outer(p: Problem, x, y, beta, factor, table, shift: int = 0, reads: bool = False) -> None:
-    """Kᵀ β r Y of every segment into memory s + shift of a table; of queries and what reads them with `reads`."""
+    """Xᵀ β r Y of every segment into memory s + shift of a table, with `reads` of the queries of every memory."""
     columns = table.shape[3]
     options = p.product("outer", p.K, y.shape[3]) | {"COLUMNS": columns}
     outer_kernel[(p.memories * p.H * blocks(options, "K", "V"),)](
-        x, y, table if beta is None else beta, table if factor is None else factor, table, *p.layout,
+        x, y, x if beta is None else beta, table if factor is None else factor, table, *p.layout,
         shift, int(beta is not None), int(factor is not None), READS=reads, **options,
     )  # fmt: skip
 
@@ -474,7 +474,7 @@ def _scan(p: Problem, table, erase, rows, start, end, width: int, reverse: bool)
     if p.kind.itemsize == 2:
         options["PRECISION"] = "tf32"
     k, beta, factor = rows
-    pointers = (table if x is None else x for x in (erase, k, beta, factor, start, end))
+    pointers = (table if x is None else x for x in (erase, k, k if beta is None else beta, factor, start, end))
     scan_kernel[(p.N * p.H * blocks(options, "V"),)](
         table, *pointers, p.key_bounds, *p.key_layout, 0 if width == p.V else p.V,
         *(int(x is not None) for x in (beta, factor, start, end)),

@@ -209,9 +209,10 @@ def keys(p: Problem, u, beta, dv, factor, gain, dweight, table, dtable) -> Tenso
     options = p.product("keys", p.K, p.V)
     tiles = triton.cdiv(p.key_size, options["BLOCK_T"])
     given = (beta, factor, gain)
-    beta, factor, gain, dweight = (dtable if x is None else x for x in (*given, dweight))
+    factor, gain, dweight = (dtable if x is None else x for x in (factor, gain, dweight))
     keys_kernel[(p.memories * tiles * p.H * blocks(options, "K"),)](
-        u, beta, dv, factor, gain, dweight, table, dtable, dk, p.key_bounds, *p.key_layout, tiles,
+        u, u if beta is None else beta, dv, factor, gain, dweight, table, dtable, dk,
+        p.key_bounds, *p.key_layout, tiles,
         *(int(x is not None) for x in given), ERASES=p.delta, NORMALISES=p.normalises, **options,
     )  # fmt: skip
     return dk

@@ -206,7 +206,8 @@ OPS = {
         cases=("128x128", "128x128 long", "64x64 long", "256x256 long", "128x128 sum", "384x2048 corrected"),
         quick=(("bfloat16", "128x128"), ("bfloat16", "128x128 long")),
         matrices=frozenset(f"{name}_kernel" for name in ("outer", "read", "queries", "values", "keys")),
-        may_spill=lambda arch, dtype, case, kernel: (dtype, kernel) == ("float32", "read_kernel"),  # two registers
+        # A few registers: IEEE float32 products are unrolled.
+        may_spill=lambda arch, dtype, case, kernel: dtype == "float32" and kernel in ("outer_kernel", "read_kernel"),
         dtypes=("bfloat16", "float32"),
         same_kernels=(*LAYOUTS, *SEGMENTS),
     ),
