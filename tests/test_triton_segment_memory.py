@@ -53,7 +53,7 @@ LONGER = (
     *(replace(c, name=f"full: {c.name}") for c in EMPTY[1:]),
 )
 EXACT = (
-    "light", "light, packed", "T1", "packed, other keys", "from empty, no eps", "additive, undivided",
+    "light", "light, packed", "several blocks", "packed, other keys", "from empty, no eps", "additive, undivided",
     "additive, corrected", "a set, delta", "one token a segment", "long segments", "more queries than segments",
     "writes alone", "reads alone", "no tokens",
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_every_result_is_written(case, device, poisoned):
 
 
 def test_repeats_bitwise(device):
-    inputs = LIGHT_PACKED.make(torch.bfloat16, device)
+    inputs = LIGHT.make(torch.bfloat16, device)
     first, other = (evaluate(op, inputs) for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, other[name]), f"{name}: another run gives other bits"
