@@ -4,6 +4,7 @@
 // rows sees, each loaded once for the whole group, with the running maximum and sum of an online softmax per row; a
 // sink, or a first score and value, is where that starts. Only rows that see a tile take part in its products.
 #include "attention_forward.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -96,8 +97,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
                                      {causal, window, prefix_len, block_size, summary, dilation, dilated_window,
                                       dilated_prefix, q_offset, tile_heads, scale});
   const std::vector<int64_t> rows{q.size(0), q.size(1), q.size(2)};
-  Tensor o = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, rows, state_dtype(q.scalar_type()));
+  Tensor o = empty_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  Tensor lse = empty_result(q, rows, state_dtype(q.scalar_type()));
   attend(a, q.scalar_type(), o.mutable_data_ptr(), lse.mutable_data_ptr());
   return {o, lse};
 }

@@ -8,6 +8,7 @@
 // than threads, dK and dV are made in parallel over the keys and dQ in parallel over the queries, each score computed
 // twice; every sum has the same order in both, hence the same bits.
 #include "attention.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -337,9 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_tensor(kOp, "lse", lse, {sums}, {batch, length, heads});
   check_tensor(kOp, "dlse", d_lse, {sums}, {batch, length, heads});
 
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  Tensor dsink = sink ? torch::stable::empty_like(*sink) : torch::stable::new_empty(q, {0}, sums);
-  Tensor ddecay = decay ? torch::stable::empty_like(*decay) : torch::stable::new_empty(q, {0}, sums);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
+  Tensor dsink = sink ? result_like(*sink) : empty_result(q, {0}, sums);
+  Tensor ddecay = decay ? result_like(*decay) : empty_result(q, {0}, sums);
   const AttentionGradients g{o.const_data_ptr(),
                     d_o.const_data_ptr(),
                     lse.const_data_ptr(),

@@ -7,6 +7,7 @@
 #include "attention_mask.h"
 #include "blocks.h"
 #include "parallel.h"
+#include "results.h"
 
 #include <cmath>
 #include <limits>
@@ -385,8 +386,8 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   d.tile_heads = tile_heads;
   d.scale = scale;
 
-  Tensor o = torch::stable::new_empty(q, {batch, d.tokens, heads, value_dim});
-  Tensor lse = torch::stable::new_empty(q, {batch, d.tokens, heads}, sums);
+  Tensor o = empty_result(q, {batch, d.tokens, heads, value_dim});
+  Tensor lse = empty_result(q, {batch, d.tokens, heads}, sums);
   with_primitives(type, [&](const auto& isa) {
     DecodeKernel(d, isa, o.mutable_data_ptr(), lse.mutable_data_ptr()).run(torch::stable::get_num_threads());
   });

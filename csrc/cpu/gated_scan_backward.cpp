@@ -231,10 +231,10 @@ Tensors5 gated_scan_cpu_backward(const MaybeTensor& dy, const MaybeTensor& dy2, 
     check_tensor(op, p ? "dends2" : "dends", given[1][p], {a.type()}, {batch, slots, channels});
     check_tensor(op, p ? "dfinal_state2" : "dfinal_state", given[2][p], {g.scalar_type()}, {count, channels});
   }
-  Tensor dg = torch::stable::empty_like(g), dx[kPayloads], dinitial[kPayloads];
+  Tensor dg = result_like(g), dx[kPayloads], dinitial[kPayloads];
   for (int p = 0; p < kPayloads; ++p) {
-    dx[p] = a.has(p) ? torch::stable::empty_like(*a.x[p]) : a.empty(a.type());
-    dinitial[p] = a.initial[p] ? torch::stable::empty_like(*a.initial[p]) : a.empty(g.scalar_type());
+    dx[p] = a.has(p) ? result_like(*a.x[p]) : a.empty(a.type());
+    dinitial[p] = a.initial[p] ? result_like(*a.initial[p]) : a.empty(g.scalar_type());
   }
   rows::dispatch(a.type(), [&]<class A, class S>(A, S) {
     std::array<Cotangents<A, S>, kPayloads> cotangents{};

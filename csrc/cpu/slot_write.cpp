@@ -5,6 +5,7 @@
 //
 // and the rest is attention's backward with the l of the whole softmax.
 #include "attention.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> slot_write(Tensor q, Tensor k, Tensor v, MaybeTensor 
                                       MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, double scale) {
   const Attention a = read("slot_write_cpu", q, k, v, scores, values, cu_seqlens_q, cu_seqlens_k, scale);
   const std::vector<int64_t> rows{q.size(0), q.size(1), q.size(2)};
-  Tensor o = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, rows, state_dtype(q.scalar_type()));
+  Tensor o = empty_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  Tensor lse = empty_result(q, rows, state_dtype(q.scalar_type()));
   attend(a, q.scalar_type(), o.mutable_data_ptr(), lse.mutable_data_ptr());
   return {o, lse};
 }
@@ -106,9 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> slot_write_backward(
   check_tensor(op, "lse", lse, {sums}, {batch, slots, heads});
   check_tensor(op, "dlse", d_lse, {sums}, {batch, slots, heads});
   const auto like = [&](const MaybeTensor& x) {
-    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, sums);
+    return x ? result_like(*x) : empty_result(q, {0}, sums);
   };
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
   Tensor d_scores = like(scores), d_values = like(values);
   const AttentionGradients g{o.const_data_ptr(),
                              d_o.const_data_ptr(),
