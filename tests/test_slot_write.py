@@ -258,7 +258,7 @@ def refused(**change):
             ValueError,
             r"k has shape \[2, 40, 2, 16\]; expected \[B, T, H, K\] = \[1, 40, 2, 16\]",
         ),
-        (refused(backend="triton"), backends.BackendError, "slot_write has no triton kernel; it has: cpu, chunked"),
+        (refused(backend="cuda"), backends.BackendError, "slot_write has no cuda kernel; it has: triton, cpu, chunked"),
     ],
 )  # fmt: skip
 def test_refusals(call, error, message):

@@ -70,12 +70,35 @@ def scan(g: Tensor, x: Tensor, x2: Tensor, state: Tensor, **settings: Any) -> tu
     return tuple(x for kind in results if kind is not None for x in kind)
 
 
-def scan_backward(**given: Any) -> tuple[Tensor, ...]:
-    """Gradients of `scan` under its own results."""
-    leaves = {n: x.detach().requires_grad_() for n, x in given.items() if isinstance(x, Tensor)}
-    with torch.enable_grad():
-        results = scan(**{**given, **leaves})
-        return torch.autograd.grad(results, list(leaves.values()), [x.detach() for x in results])
+def gradients(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of `op` under its own results."""
+
+    def backward(**given: Any) -> tuple[Tensor, ...]:
+        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+        with torch.enable_grad():
+            results = op(**{**given, **leaves})
+            return torch.autograd.grad(results, list(leaves.values()), [x.detach() for x in results])
+
+    return backward
+
+
+def _segments(size_of_segment: int) -> Callable[..., Inputs]:
+    """Packed, with segments inside and across the kernels' tiles."""
+
+    def inputs(draw: Callable[..., Tensor], size: int) -> Inputs:
+        length, dim = (70, 40) if size == 1 else (3000, 128)
+        q, k, v, beta = (draw(1, length, heads, *more) for heads, *more in ((4, dim), (2, dim), (2, dim + 8), (2,)))
+        bounds = torch.tensor([0, 17, 17, length], device=q.device)
+        return {"q": q.abs(), "k": k.abs(), "v": v, "beta": beta.sigmoid(), "state": draw(3, 2, dim, dim + 9).abs(),
+                "segment_size": size_of_segment, "cu_seqlens": bounds}  # fmt: skip
+
+    return inputs
+
+
+def segments(state: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    """The frozen delta memory, both results."""
+    return ops.segment_memory(**given, delta=True, initial_state=state, output_final_state=True)
 
 
 def _scan_step(draw: Callable[..., Tensor], size: int) -> Inputs:
@@ -108,6 +131,9 @@ CAPTURED = {
     "decode, paged ring": Call(ops.attention_decode, _decode(paged=True)),
     **{f"scan {words}": Call(scan, _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()},
 }
-CALLS = CAPTURED | {
-    f"scan backward {words}": Call(scan_backward, _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()
+CALLS = {
+    **CAPTURED,
+    **{f"scan backward {words}": Call(gradients(scan), _scan(*sizes), _WIDE) for words, sizes in _SCANS.items()},
+    **{f"segments of {n}": Call(segments, _segments(n), _WIDE) for n in (16, 200)},
+    **{f"segments of {n}, backward": Call(gradients(segments), _segments(n), _WIDE) for n in (16, 200)},
 }

@@ -118,6 +118,25 @@ def attention(
     backward(torch.empty_like(o), lse, o, lse, *inputs, *settings)
 
 
+def segment_memory(
+    dtype: str, case: str, *, T: int = 256, size: int = 64, packed: bool = False, state: bool = True,
+    beta: bool = True, causal: bool = True,
+) -> None:  # fmt: skip
+    """A case is KxV and a rule: nothing (delta, normalised), "sum" (neither), "corrected" (ARMT's), "long" segments."""
+    from memattn.kernels.segment_memory import forward
+    from memattn.kernels.segment_memory_backward import backward
+
+    kind, (dims, _, form) = kind_of(dtype), case.partition(" ")
+    (K, V), HQ, H, plain = map(int, dims.split("x")), 4, 2, form == "sum"
+    q, k, v = (empty(1, T, heads, dim, dtype=kind) for heads, dim in ((HQ, K), (H, K), (H, V)))
+    initial = empty(3 if packed else 1, H, K, V + (not plain)) if state else None
+    inputs = (q, k, v, empty(1, T, H, dtype=kind) if beta else None, initial, bounds(packed), bounds(packed))
+    size = 2048 if form == "long" else size
+    settings = (size, size, not plain, not plain, form == "corrected", causal, 1e-5)
+    o, final, table = forward(*inputs, *settings)
+    backward(torch.empty_like(o), final if state else None, *inputs, o, table, *settings)
+
+
 LENGTHS = tuple({"T": T} for T in (1, 63, 64, 2048, 2049))
 LAYOUTS = tuple({**length, "packed": p, "state": s} for length in LENGTHS for p in (False, True) for s in (False, True))
 MASKS = ({"causal": 0}, {"causal": 2, "block_size": 64}, {"window": 1}, {"window": 100, "prefix_len": 16})
@@ -125,6 +144,9 @@ ATTENTION_LAYOUTS = (*LENGTHS, *MASKS, {"q_offset": 5}, {"packed": True}, {"sink
 CHUNK_MATRICES = frozenset(
     f"{name}_kernel" for name in ("prepare", "scan", "output", "reverse", "pairs", "gradient")
 )  # l2norm, reduce and divide only stream rows
+
+
+SEGMENTS = tuple({"size": size, "causal": size < 64} for size in (1, 16, 128))
 
 
 def _delta_rule_may_spill(arch: int, dtype: str, case: str, kernel: str) -> bool:
@@ -174,5 +196,15 @@ OPS = {
         quick=(("bfloat16", "chunks"), ("bfloat16", "packed, whole"), ("float32", "packed, chunks")),
         dtypes=("bfloat16", "float32"),
         same_kernels=LENGTHS,
+    ),
+    "segment_memory": Launches(
+        segment_memory,
+        cases=("128x128", "128x128 long", "64x64 long", "256x256 long", "128x128 sum", "384x2048 corrected"),
+        quick=(("bfloat16", "128x128"), ("bfloat16", "128x128 long")),
+        matrices=frozenset(f"{name}_kernel" for name in ("outer", "read", "queries", "values", "keys")),
+        # A few registers: IEEE float32 products are unrolled.
+        may_spill=lambda arch, dtype, case, kernel: dtype == "float32" and kernel in ("outer_kernel", "read_kernel"),
+        dtypes=("bfloat16", "float32"),
+        same_kernels=(*LAYOUTS, *SEGMENTS),
     ),
 }

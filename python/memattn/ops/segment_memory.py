@@ -30,7 +30,7 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import Differentiable, define_differentiable, resolve
+from memattn.ops._library import Differentiable, define_differentiable, implement, resolve
 from memattn.ops._sequences import sequences, slots
 from memattn.reference import segment_memory as reference
 from memattn.reference.segment_memory import Rule
@@ -86,18 +86,37 @@ FAMILY = Differentiable(
     save=_save,
     backward=_backward,
 )
+
+
+def _triton_forward():
+    from memattn.kernels import segment_memory
+
+    return segment_memory.forward
+
+
+def _triton_backward():
+    from memattn.kernels import segment_memory_backward
+
+    return segment_memory_backward.backward
+
+
 define_differentiable(f"{OP}_cpu", FAMILY)
+define_differentiable(f"{OP}_triton", FAMILY)
+implement(f"{OP}_triton", _triton_forward)
+implement(f"{OP}_triton_backward", _triton_backward)
 
 _FEATURES = frozenset({"backward", "packed"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _DIMS = (KEY_DIMS[0], VALUE_DIMS[1])
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, dims=_DIMS, features=_FEATURES))
 backends.register(
     OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), dims=_DIMS, features=_FEATURES)
 )
 backends.register(OP, "chunked", Limits(_DEVICES, check.FLOATS, backends.always, dims=_DIMS, features=_FEATURES))
 
 _PASSED = check.Passed()
-_CPU = resolve(f"{OP}_cpu")
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 
 
 # --- the public functions --------------------------------------------------------------------------------------------
@@ -232,7 +251,7 @@ def segment_memory(
             )
             return o, final_state if output_final_state else None
     bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    o, final_state, _ = _CPU(
+    o, final_state, _ = _OPS[name](
         *check.contiguous(q, k, v, beta, initial_state, *bounds),
         rule.segment_size, rule.key_segment_size, delta, normalize, correction, causal, float(eps),
     )  # fmt: skip

@@ -9,7 +9,8 @@ Sources: "own" with τ is Memformer (Wu et al. 2020, arXiv 2010.06891), with all
 memory attention of DT-Mem's released code (Kang et al. 2023, arXiv 2305.16338).
 
 It is attention over the tokens whose softmax begins with what each slot has of the slots: the score and value of its
-own key, or ℓ and o of attention over all of them. Nothing is concatenated, and no second pass joins the two.
+own key, or ℓ and o of attention over all of them. Nothing is concatenated, and no second pass joins the two. On Triton
+attention over the tokens is a call of its kernels, and what the slot has of the slots is joined to it in plain torch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
 from memattn.ops._library import Differentiable, define_differentiable, resolve
+from memattn.ops._rat_stages import NO_MASK, attend
 from memattn.reference import slot_write as reference
-from memattn.reference.attention import AttentionOutput, accumulate_dtype
+from memattn.reference.attention import AttentionOutput, accumulate_dtype, joined
 
 OP = "slot_write"
 SEE = ("own", "all", "none")
@@ -65,6 +67,8 @@ define_differentiable(f"{OP}_cpu", FAMILY)
 _CPU = resolve(f"{OP}_cpu")
 
 _FEATURES = frozenset({"backward", "lengths", "packed"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_FEATURES))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
 backends.register(OP, "chunked", Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES))
 
@@ -119,7 +123,7 @@ def _check_sequences(q, k, lengths, cu_seqlens):
         check.lengths(OP, lengths, k)
 
 
-# --- the cpu backend --------------------------------------------------------------------------------------------------
+# --- the cpu and triton backends --------------------------------------------------------------------------------------
 
 
 def _bounds(q: Tensor, k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -134,23 +138,45 @@ def _bounds(q: Tensor, k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | N
     return (row + 1) // 2 * q.shape[1], tokens
 
 
+def _laid_out(bounds, *tensors):
+    """Rows laid end to end where there are bounds."""
+    return [x if x is None or bounds is None else x.reshape(1, -1, *x.shape[2:]) for x in tensors]
+
+
 def _gathered(q, k, v, scores, values, bounds, scale):
-    """The stage's o and lse; with bounds over slots and tokens laid end to end."""
-    shape, tensors = q.shape[:3], [q, k, v, scores, values]
-    if bounds is not None:
-        tensors = [None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in tensors]
+    """The cpu stage's o and lse; with bounds over slots and tokens laid end to end."""
+    tensors = _laid_out(bounds, q, k, v, scores, values)
     o, lse = _CPU(*check.contiguous(*tensors, *(bounds or (None, None))), scale)
-    return o.view(*shape, v.shape[3]), lse.view(shape)
+    return o.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
+
+
+def _own(q, k_self, v_self, scale):
+    """Score and value of each slot's own key."""
+    dtype = accumulate_dtype(q.dtype)
+    return scale * (q.to(dtype) * k_self.to(dtype)).sum(-1), v_self
 
 
 def _cpu(q, k_self, v_self, k, v, see, scale, bounds):
     scores = values = None
     if see == "own":
-        dtype = accumulate_dtype(q.dtype)
-        scores, values = scale * (q.to(dtype) * k_self.to(dtype)).sum(-1), v_self
+        scores, values = _own(q, k_self, v_self, scale)
     elif see == "all":
         values, scores = _gathered(q, k_self, v_self, None, None, None, scale)
     return AttentionOutput(*_gathered(q, k, v, scores, values, bounds, scale))
+
+
+def _triton(q, k_self, v_self, k, v, see, scale, bounds):
+    queries, keys, values = _laid_out(bounds, q, k, v)
+    bounds_q, bounds_k = bounds or (None, None)
+    o, lse = attend(queries, (keys, values), bounds_q, bounds_k, NO_MASK, scale)
+    o, lse = o.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
+    if see != "none":
+        if see == "own":
+            score, value = _own(q, k_self, v_self, scale)
+        else:
+            value, score = attend(q, (k_self, v_self), None, None, NO_MASK, scale)
+        o, lse = joined((o, value.to(lse.dtype)), (lse, score))
+    return AttentionOutput(o.to(q.dtype), lse)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -211,4 +237,5 @@ def slot_write(
                 q, k_self, v_self, k, v, see=see, tau=tau, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale
             )
     scale = float((q.shape[3] ** -0.5 if scale is None else scale) / tau)
-    return _cpu(q, k_self, v_self, k, v, see, scale, _bounds(q, k, lengths, cu_seqlens))
+    serve = _triton if name == "triton" else _cpu
+    return serve(q, k_self, v_self, k, v, see, scale, _bounds(q, k, lengths, cu_seqlens))
