@@ -28,10 +28,12 @@ OPS = (
     "gated_scan",
     "attention",
     "attention_decode",
+    "attention_mass",
     "rat_attention",
     "slot_write",
     "memory_recall",
     "segment_memory",
+    "segment_events",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
