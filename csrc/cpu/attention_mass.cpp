@@ -98,36 +98,40 @@ class Mass {
     const int tiles = static_cast<int>((end - task.first + kKeys - 1) / kKeys);
     std::fill(t.mass, t.mass + a_.group() * kSpan, 0.0);
     const AttentionMask::Range rows = seen.rows(wanted.begin, wanted.end, task.first, end);
-    for (int i = 0; i < tiles && rows.begin < rows.end; ++i) {
-      const int64_t from = task.first + int64_t{i} * kKeys;
-      t.keys[i].load(a_, isa_, s_, task.sequence, key_head, from, std::min(from + kKeys, end));
-    }
-    for (int64_t row = rows.begin / kRows * kRows; row < rows.end; row += kRows) {
-      for (int64_t m = 0; m < a_.group(); ++m) {
-        const Left<E> queries = load(task.sequence, a_.head(key_head, m), row, wanted, t);
-        for (int i = 0; i < tiles; ++i) add(seen, queries, m, row, wanted, t.keys[i], t.mass + m * kSpan + i * kKeys, t);
+    if (rows.begin < rows.end) {
+      for (int i = 0; i < tiles; ++i) {
+        const int64_t from = task.first + int64_t{i} * kKeys;
+        t.keys[i].load(a_, isa_, s_, task.sequence, key_head, from, std::min(from + kKeys, end));
+      }
+      for (int64_t row = rows.begin / kRows * kRows; row < rows.end; row += kRows) {
+        for (int64_t m = 0; m < a_.group(); ++m) {
+          const Left<E> queries = load(task.sequence, a_.head(key_head, m), row, rows.end, wanted, t);
+          double* mass = t.mass + m * kSpan;
+          for (int i = 0; i < tiles; ++i) add(seen, queries, m, row, wanted, t.keys[i], mass + i * kKeys, t);
+        }
       }
     }
     store(task, key_head, end, t);
   }
 
-  // Rows from `row` of one head. Those that are not there, not wanted or see nothing get ℓ = inf, hence no weight.
-  Left<E> load(int64_t sequence, int64_t head, int64_t row, const AttentionMask::Range& wanted,
+  // Rows row..end of one head, of a tile at most. Those that are not there, not wanted or see nothing get ℓ = inf, hence
+  // no weight.
+  Left<E> load(int64_t sequence, int64_t head, int64_t row, int64_t end, const AttentionMask::Range& wanted,
                MassTemporaries<E>& t) const {
-    const int rows = static_cast<int>(std::min<int64_t>(a_.queries.length(sequence) - row, kRows));
+    const int rows = static_cast<int>(std::min<int64_t>(end - row, kRows)), padded = round_up(rows, s_.unit);
     const int64_t token = a_.queries.start(sequence) + row;
     constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
-    load_head(isa_, t.rows, s_.ld_key, kRows, s_.key_dim, a_.q, a_.element, token, a_.heads, head, rows, a_.key_dim);
-    for (int i = 0; i < kRows; ++i) {
-      const bool counts = row + i >= wanted.begin && row + i < wanted.end;
+    load_head(isa_, t.rows, s_.ld_key, padded, s_.key_dim, a_.q, a_.element, token, a_.heads, head, rows, a_.key_dim);
+    for (int i = 0; i < padded; ++i) {
+      const bool counts = i < rows && row + i >= wanted.begin;
       const Acc lse = counts ? lse_[(token + i) * a_.heads + head] : infinity;
       t.lse[i] = lse == -infinity ? infinity : lse;
     }
     if (a_.decay) {
       const int64_t at = a_.keys.start(sequence) + row + a_.offset(sequence);
-      load_decay(t.high, t.low, a_, at, head, rows, kRows);
+      load_decay(t.high, t.low, a_, at, head, rows, padded);
     }
-    return as_left(isa_, t.operand, t.rows, s_.ld_key, kRows, s_.key_dim);
+    return as_left(isa_, t.operand, t.rows, s_.ld_key, padded, s_.key_dim);
   }
 
   // What the loaded rows give to one tile of keys.
