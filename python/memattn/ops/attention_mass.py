@@ -24,7 +24,7 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import define, resolve
+from memattn.ops._library import define, implement, resolve
 from memattn.ops._masks import check_heads, check_mask, check_packed, check_positions, settings
 from memattn.reference import attention_mass as reference
 from memattn.reference.attention import accumulate_dtype, cumulative_decay
@@ -50,15 +50,25 @@ def _fake(q, k, lse, *rest):
     return q.new_empty((*k.shape[:2], heads), dtype=accumulate_dtype(q.dtype))
 
 
-define(f"{OP}_cpu", SCHEMA, _fake)
+def _triton():
+    from memattn.kernels import attention_mass
+
+    return attention_mass.forward
+
+
+for _name in ("cpu", "triton"):
+    define(f"{OP}_{_name}", SCHEMA, _fake)
+implement(f"{OP}_triton", _triton)
 
 _FEATURES = frozenset({"packed"})
+_16_32 = (torch.float32, torch.bfloat16, torch.float16)
+backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_FEATURES))
 backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
 _ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
-_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu",)}
+_OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
