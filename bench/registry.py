@@ -30,10 +30,13 @@ OPS = (
     "attention_decode",
     "attention_mass",
     "rat_attention",
+    "merge_states",
     "slot_write",
     "memory_recall",
     "segment_memory",
     "segment_events",
+    "topk",
+    "knn",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

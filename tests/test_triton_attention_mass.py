@@ -102,7 +102,6 @@ PLANTED = {
     "negative bounds from the start": ("tl.where(at < 0, at + rows, at)", "at"),
     "a masked tile left out": ("for t in range((c - b) + (e - d)):", "for t in range((c - b) + (e - d) - 1):"),
     "whole tiles left out": ("        for tile in range(c, d):", "        for tile in range(c, c):"),
-    "whole tiles beyond the range": ("d = tl.minimum(tl.maximum(d, c), e)", "d = tl.maximum(d, c)"),
     "first head of a group only": ("total += sums", "total = sums"),
     "heads of the wrong group": ("key_head * group + member", "member * HKV + key_head"),
     "keys' decay ignored": ("high_j = load_column(high + own, x, there, HQ, ACC)[:, None]", "high_j = load_column(high + own, x, there, HQ, ACC)[:, None] * 0"),
@@ -110,7 +109,7 @@ PLANTED = {
     "q_offset left out": ("i = row + y + q_offset", "i = row + y"),
     "mask ignored": ('s = tl.where(seen, s, float("-inf"))', "s = s"),
 }  # fmt: skip
-NOTICED_BY = ("block-causal window", "dilated", "prefix", "decay with offset", "tile", "packed window")
+NOTICED_BY = ("sink", "block-causal window", "dilated", "prefix", "decay with offset", "tile", "packed window")
 
 
 @pytest.mark.parametrize("bug", PLANTED)

@@ -362,7 +362,7 @@ DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   rule.scale = scale;
   rule.qk_l2norm = qk_l2norm;
   rule.chunk_size = static_cast<int>(chunk_size);
-  rule.checkpoint_every = checkpoint_every;
+  rule.checkpoint_every = std::min(checkpoint_every, kFarthest);
   rule.output_element = memory == Memory::sum_and_weight ? element_of(state) : rule.element;
   check_tensor(op, "initial_state", initial_state, {state},
                {rule.sequences.count(), value_heads, key_dim, rule.columns()});

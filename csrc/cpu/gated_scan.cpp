@@ -105,7 +105,7 @@ Tensors6 gated_scan_cpu(const Tensor& g, const Tensor& x, const MaybeTensor& x2,
   constexpr const char* op = "gated_scan_cpu";
   const Arguments a = read_arguments(op, g, x, x2, initial_state, initial_state2, cu_seqlens, ema, chunk_size);
   if (emit_ends && chunk_size == 0) fail(op, "emit_ends needs a chunk_size; got 0 (none)");
-  const int64_t batch = a.batch(), channels = a.channels(), slots = emit_ends ? a.sequences.slots(chunk_size) : 0;
+  const int64_t batch = a.batch(), channels = a.channels(), slots = emit_ends ? a.sequences.slots(a.chunk) : 0;
   const int64_t per_row = batch ? slots / batch : 0;
   Tensor y[kPayloads], ends[kPayloads], final[kPayloads];
   for (int p = 0; p < kPayloads; ++p) {

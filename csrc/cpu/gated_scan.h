@@ -199,7 +199,7 @@ inline Arguments read_arguments(const char* op, const Tensor& g, const Tensor& x
                                         : SequenceLayout::batch(g.size(0), g.size(1));
   check_tensor(op, "initial_state", initial, {wide}, {sequences.count(), g.size(2)});
   check_tensor(op, "initial_state2", initial2, {wide}, {sequences.count(), g.size(2)});
-  return {op, g, {x, x2}, {initial, initial2}, std::move(sequences), ema, chunk};
+  return {op, g, {x, x2}, {initial, initial2}, std::move(sequences), ema, std::min(chunk, kFarthest)};
 }
 
 template <class A, class S>

@@ -214,8 +214,8 @@ SegmentMemory read_arguments(const char* op, const Tensor& q, const Tensor& k, c
   }
   SegmentMemory m{};
   static_cast<SegmentSettings&>(m) = settings;
-  m.query_segment = std::min(settings.query_segment, kLongestSegment);
-  m.key_segment = std::min(settings.key_segment, kLongestSegment);
+  m.query_segment = std::min(settings.query_segment, kFarthest);
+  m.key_segment = std::min(settings.key_segment, kFarthest);
   const auto layout = [&](const std::optional<Tensor>& bounds, int64_t length) {
     return bounds ? SequenceLayout::packed(read_cu_seqlens(op, *bounds, b, length)) : SequenceLayout::batch(b, length);
   };
