@@ -28,11 +28,13 @@ OPS = (
     "gated_scan",
     "attention",
     "attention_decode",
+    "attention_mass",
     "rat_attention",
     "merge_states",
     "slot_write",
     "memory_recall",
     "segment_memory",
+    "segment_events",
     "topk",
     "knn",
 )

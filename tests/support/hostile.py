@@ -272,6 +272,24 @@ def softmax(draw: Draw) -> Iterator[Call]:
     yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1})
 
 
+def mass(draw: Draw) -> Iterator[Call]:
+    batch, tokens, bounds, _ = draw.sequences()
+    key_heads, heads = draw.heads()
+    dim = draw.one_of(DIMS)
+    keys, key_bounds = tokens + draw.one_of((0, 3, 300)), bounds
+    if bounds is not None:
+        key_bounds = bounds.clone()
+        key_bounds[-1] = keys
+    decay = draw.maybe(lambda: draw.normal(batch, keys, heads, dtype=torch.float64))
+    yield Call("attention_mass_cpu", {
+        "q": draw.normal(batch, tokens, heads, dim), "k": draw.normal(batch, keys, key_heads, dim),
+        "lse": draw.state(batch, tokens, heads), "decay": decay, "cu_seqlens_q": bounds, "cu_seqlens_k": key_bounds,
+        **mask(draw), "summary": draw.one_of((0, 0, 4)),
+        "q_offset": -1 if decay is not None else draw.one_of((-1, 0, 5, 100)), "tile_heads": draw.flag(), "scale": 0.2,
+        "start": draw.one_of((0, 3, -5, -HUGE)), "stop": draw.one_of((HUGE, 0, 20, -2)), "grouped": draw.flag(),
+    }, frozenset({("k", 1), ("k", 2)}))  # fmt: skip
+
+
 def decode(draw: Draw) -> Iterator[Call]:
     batch, tokens = draw.one_of((0, 1, 3)), draw.one_of((0, 1, 2, 9, 20))
     key_heads, heads = draw.heads()
@@ -446,7 +464,8 @@ def joining(draw: Draw) -> Iterator[Call]:
 
 
 FAMILIES = (
-    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest, listed,
+    delta_rule, linear, convolution, scan, softmax, mass, decode, rat, segments, slots, joining, selection, nearest,
+    listed,
 )  # fmt: skip
 
 

@@ -137,6 +137,20 @@ def segment_memory(
     backward(torch.empty_like(o), final if state else None, *inputs, o, table, *settings)
 
 
+def attention_mass(
+    dtype: str, case: str, *, T: int = 256, q_offset: int = 0, packed: bool = False, start: int = 0,
+    grouped: bool = False, **mask: int,
+) -> None:  # fmt: skip
+    from memattn.kernels.attention_mass import forward
+
+    kind, (dim, _, form), HQ, HKV = kind_of(dtype), case.partition(" "), 4, 2
+    q, k = (empty(1, T, heads, int(dim), dtype=kind) for heads in (HQ, HKV))
+    decay = empty(1, T, HQ, dtype=torch.float64) if form == "decay" else None
+    mask = {"causal": 1, "window": 0, "prefix_len": 0, "block_size": 0, "summary": 0} | mask
+    settings = (*mask.values(), *((16, 32, 8) if form == "dilated" else (0, 0, 0)), q_offset, False, int(dim) ** -0.5)
+    forward(q, k, empty(1, T, HQ), decay, bounds(packed), bounds(packed), *settings, start, 2**31 - 1, grouped)
+
+
 LENGTHS = tuple({"T": T} for T in (1, 63, 64, 2048, 2049))
 LAYOUTS = tuple({**length, "packed": p, "state": s} for length in LENGTHS for p in (False, True) for s in (False, True))
 MASKS = ({"causal": 0}, {"causal": 2, "block_size": 64}, {"window": 1}, {"window": 100, "prefix_len": 16})
@@ -182,6 +196,16 @@ OPS = {
         may_spill=lambda arch, dtype, case, kernel: arch != 90 or dtype == "float32",
         dtypes=("bfloat16", "float32"),
         same_kernels=ATTENTION_LAYOUTS,
+    ),
+    "attention_mass": Launches(
+        attention_mass,
+        cases=("64", "128", "256", "128 decay", "128 dilated"),
+        quick=(("bfloat16", "128"),),
+        matrices=frozenset({"mass_kernel"}),
+        # IEEE float32 rows held whole; with decay on sm_100 a few registers more than there are.
+        may_spill=lambda arch, dtype, case, kernel: dtype == "float32" or (arch, case) == (100, "128 decay"),
+        dtypes=("bfloat16", "float32"),
+        same_kernels=(*LENGTHS, *MASKS, {"q_offset": 5}, {"packed": True}, {"start": -32}, {"grouped": True}),
     ),
     "causal_conv1d": Launches(
         causal_conv1d,

@@ -2,6 +2,7 @@
 
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
+from memattn.ops.attention_mass import attention_mass
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
@@ -10,6 +11,7 @@ from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
+from memattn.ops.segment_events import Events, EventState, segment_events
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
@@ -18,11 +20,14 @@ from memattn.ops.topk import TopK, topk
 
 __all__ = [
     "AttentionOutput",
+    "EventState",
+    "Events",
     "KNNAttention",
     "RATState",
     "TopK",
     "attention",
     "attention_decode",
+    "attention_mass",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",
@@ -38,6 +43,7 @@ __all__ = [
     "merge_states",
     "rat_attention",
     "rat_attention_step",
+    "segment_events",
     "segment_memory",
     "segment_memory_step",
     "slot_gate",

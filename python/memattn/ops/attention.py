@@ -33,7 +33,7 @@ from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
 from memattn.ops._library import Differentiable, define_differentiable, implement, resolve
-from memattn.ops._masks import check_mask, settings
+from memattn.ops._masks import check_heads, check_mask, check_packed, check_positions, settings
 from memattn.reference import attention as reference
 from memattn.reference.attention import AttentionOutput
 from memattn.reference.attention_mask import Mask
@@ -123,50 +123,19 @@ _OPS = {name: resolve(f"{OP}_{name}") for name in ("cpu", "triton")}
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, packed):
-    check.rank(OP, "q", q, "[B, Tq, HQ, K]")
-    check.dtype(OP, "q", q, check.FLOATS)
-    check.rank(OP, "k", k, "[B, Tk, HKV, K]")
-    batch, length, heads, key_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != key_dim:
-        check.shape(OP, "k", k, "[B, Tk, HKV, K]", (batch, *k.shape[1:3], key_dim))
+def _check_tensors(q, k, v, sink):
+    check_heads(OP, q, k)
     check.rank(OP, "v", v, "[B, Tk, HKV, V]")
     check.shape(OP, "v", v, "[B, Tk, HKV, V]", (*k.shape[:3], v.shape[3]))
-    if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
-        raise ValueError(f"{OP}: q has {heads} heads; expected a positive multiple of k's {k.shape[2]} heads")
-    check.head_dim(OP, "K", key_dim)
     check.head_dim(OP, "V", v.shape[3])
-    sums = reference.accumulate_dtype(q.dtype)
-    for name, x, allowed, why in (
-        ("k", k, (q.dtype,), " like q"),
-        ("v", v, (q.dtype,), " like q"),
-        ("sink", sink, (q.dtype, sums), f" with {check.dtype_name(q.dtype)} q"),
-        ("log_decay", log_decay, (sums,), f" with {check.dtype_name(q.dtype)} q"),
-        ("alibi_slopes", alibi_slopes, (sums,), f" with {check.dtype_name(q.dtype)} q"),
-    ):
-        if x is not None:
-            check.tensor(OP, name, x)
-            check.dtype(OP, name, x, allowed, why)
-            check.device(OP, name, x, q, "q")
+    check.dtype(OP, "v", v, (q.dtype,), " like q")
+    check.device(OP, "v", v, q, "q")
     if sink is not None:
-        check.shape(OP, "sink", sink, "[HQ] or [HQ, r]", (heads, *sink.shape[1:2]))
-    if log_decay is not None:
-        check.shape(OP, "log_decay", log_decay, "[B, Tk, HQ]", (batch, k.shape[1], heads))
-    if alibi_slopes is not None:
-        check.shape(OP, "alibi_slopes", alibi_slopes, "[HQ]", (heads,))
-    if q_offset == "end":
-        if not packed and length > k.shape[1]:
-            raise ValueError(
-                f"{OP}: q has {length} tokens and k has {k.shape[1]}; with q_offset='end' every query needs a key at "
-                "its own position (Tq ≤ Tk)"
-            )
-        return
-    if (log_decay is not None or alibi_slopes is not None) and not packed and length + q_offset > k.shape[1]:
-        name = "alibi_slopes" if log_decay is None else "log_decay"
-        raise ValueError(
-            f"{OP}: the last query has position {length + q_offset - 1} and there are {k.shape[1]} keys; with {name} "
-            "every query needs a key at its own position (Tq + q_offset ≤ Tk)"
-        )
+        check.tensor(OP, "sink", sink)
+        sums = reference.accumulate_dtype(q.dtype)
+        check.dtype(OP, "sink", sink, (q.dtype, sums), f" with {check.dtype_name(q.dtype)} q")
+        check.device(OP, "sink", sink, q, "q")
+        check.shape(OP, "sink", sink, "[HQ] or [HQ, r]", (q.shape[2], *sink.shape[1:2]))
 
 
 def _check_merge(q, v, merge):
@@ -177,29 +146,6 @@ def _check_merge(q, v, merge):
     check.dtype(OP, "merge.lse", lse, (reference.accumulate_dtype(q.dtype),), f" with {check.dtype_name(q.dtype)} q")
     for name, x in (("merge.o", o), ("merge.lse", lse)):
         check.device(OP, name, x, q, "q")
-
-
-def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
-    """cu_seqlens_k None means cu_seqlens_q: queries and keys of the same sequences."""
-    if cu_seqlens_q is None:
-        if cu_seqlens_k is not None:
-            raise ValueError(f"{OP}: cu_seqlens_k is given without cu_seqlens_q; packed keys need packed queries")
-        return
-    check.cu_seqlens(OP, cu_seqlens_q, q, "cu_seqlens_q")
-    if cu_seqlens_k is None and k.shape[1] != q.shape[1]:
-        raise ValueError(f"{OP}: q has {q.shape[1]} packed tokens and k has {k.shape[1]}; expected cu_seqlens_k then")
-    if cu_seqlens_k is not None:
-        check.cu_seqlens(OP, cu_seqlens_k, k, "cu_seqlens_k")
-        check.shape(OP, "cu_seqlens_k", cu_seqlens_k, "[N+1] like cu_seqlens_q", cu_seqlens_q.shape)
-    if (biased or q_offset == "end") and check.values_checked(cu_seqlens_q):
-        keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        last = cu_seqlens_q.diff() + (0 if q_offset == "end" else q_offset)
-        short = (last > keys.diff()) & (cu_seqlens_q.diff() > 0)
-        if bool(short.any()):
-            raise ValueError(
-                f"{OP}: packed sequence {int(short.nonzero()[0])} has queries beyond its keys; with log_decay, "
-                "alibi_slopes or q_offset='end' every query needs a key at its own position"
-            )
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -279,11 +225,12 @@ def attention(
     if signature not in _PASSED:
         name = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
         check_mask(OP, mask, name, head_map, scale)
-        _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, cu_seqlens_q is not None)
+        _check_tensors(q, k, v, sink)
+        check_positions(OP, q, k, log_decay, alibi_slopes, q_offset, cu_seqlens_q is not None)
         if merge is not None:
             _check_merge(q, v, merge)
         _PASSED.add(signature)
-    _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased)
+    check_packed(OP, q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased)
     if log_decay is not None:
         check.log_gate(OP, "log_decay", log_decay)
     first_values, first_scores = (None, None) if merge is None else merge
