@@ -2,6 +2,7 @@
 // their stored type and in the order they lie in memory, which is what bounds a decode step.
 #include "blocks.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace memattn::cpu {
 namespace {
@@ -16,9 +17,9 @@ Tensor block_product(Tensor q, Tensor r) {
   const int64_t batch = r.size(0), blocks = r.size(1), groups = r.size(2), dim = r.size(3);
   check_tensor(op, "q", q, {state_dtype(type)}, {batch, kAnySize, kAnySize, dim});
   const int64_t queries = q.size(1), heads = q.size(2);
-  if (groups < 1 || heads % groups != 0) fail(op, "q has ", heads, " heads, r has ", groups);
-  if (blocks > std::numeric_limits<int32_t>::max()) fail(op, "r has ", blocks, " blocks");
-  Tensor scores = torch::stable::new_empty(q, {batch, queries, heads, blocks});
+  if (groups < 1 || heads % groups != 0) fail(op, "heads of q must be a multiple of r's; got ", heads, " and ", groups);
+  if (blocks > std::numeric_limits<int32_t>::max()) fail(op, "blocks must be below 2^31; got ", blocks);
+  Tensor scores = empty_result(q, {batch, queries, heads, blocks});
 
   const Element element = element_of(type);
   const int64_t row_bytes = std::max<int64_t>(1, groups * dim * bytes_of(element));

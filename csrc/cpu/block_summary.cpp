@@ -8,11 +8,14 @@
 #include "isa/scan_rows.h"
 #include "isa/topk_rows.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace memattn::summary {
 namespace {
 
 using cpu::Arena;
+using cpu::empty_result;
+using cpu::result_like;
 using cpu::Scratch;
 using MaybeTensor = std::optional<Tensor>;
 
@@ -157,9 +160,9 @@ std::tuple<Tensor, Tensor> block_summary(Tensor k, Tensor begins, Tensor ends, M
   const Blocks blocks = read_blocks(op, batch, tokens, heads * dim, begins, ends, lengths);
   if (mode < 0 || mode > 2) fail(op, "mode must be 0, 1 or 2; got ", mode);
   const int64_t columns = static_cast<Mode>(mode) == Mode::minmax ? 2 * dim : dim;
-  Tensor values = torch::stable::new_empty(k, {batch, blocks.count(), heads, columns});
-  Tensor counts = torch::stable::new_empty(k, {batch, blocks.count()}, ScalarType::Int);
-  if (heads * dim == 0) fail(op, "k has no channels");
+  Tensor values = empty_result(k, {batch, blocks.count(), heads, columns});
+  Tensor counts = empty_result(k, {batch, blocks.count()}, ScalarType::Int);
+  if (heads * dim == 0) fail(op, "k must have channels; got ", heads, " heads of ", dim);
   rows::dispatch(k.scalar_type(), [&]<class A, class S>(A, S) {
     forward<A, S>(blocks, heads, static_cast<Mode>(mode), static_cast<const S*>(k.const_data_ptr()),
                   static_cast<S*>(values.mutable_data_ptr()), counts.mutable_data_ptr<int32_t>());
@@ -174,7 +177,7 @@ Tensor block_mean_backward(Tensor d_values, Tensor k, Tensor begins, Tensor ends
   const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), dim = k.size(3);
   const Blocks blocks = read_blocks(op, batch, tokens, heads * dim, begins, ends, lengths);
   check_tensor(op, "dvalues", d_values, {k.scalar_type()}, {batch, blocks.count(), heads, dim});
-  Tensor dk = torch::stable::empty_like(k);
+  Tensor dk = result_like(k);
   rows::dispatch(d_values.scalar_type(), [&]<class A, class S>(A, S) {
     backward<A, S>(blocks, static_cast<const S*>(d_values.const_data_ptr()), static_cast<S*>(dk.mutable_data_ptr()));
   });

@@ -227,17 +227,18 @@ std::tuple<Tensor, Tensor, Tensor> knn(Tensor q, Tensor keys, int64_t k, std::op
   check_tensor(kOp, "lengths", lengths, {ScalarType::Int, ScalarType::Long}, {batch});
   const int64_t tokens = keys.size(1), key_heads = keys.size(2);
   if (k < 1 || k > kMostNeighbours) fail(kOp, "k must be 1 to ", kMostNeighbours, "; got ", k);
-  if (key_heads < 1 || heads % key_heads != 0) fail(kOp, "q has ", heads, " heads, keys have ", key_heads);
+  if (key_heads < 1 || heads % key_heads != 0) 
+    fail(kOp, "q must have a positive multiple of the heads of keys, ", key_heads, "; got ", heads);
   if (dim < 1 || dim > 4096) fail(kOp, "head dimension must be 1 to 4096; got ", dim);
-  if (tokens > std::numeric_limits<int32_t>::max()) fail(kOp, tokens, " keys; indices are int32");
+  if (tokens > std::numeric_limits<int32_t>::max()) fail(kOp, "keys must be fewer than 2^31; got ", tokens);
   std::vector<int64_t> counts;
   if (lengths) counts = read_indices(*lengths);
   for (int64_t& n : counts) n = std::clamp<int64_t>(n, 0, tokens);
   const Knn a{batch, queries, heads, tokens, key_heads, k, static_cast<int>(dim), q.const_data_ptr(),
               keys.const_data_ptr(), cpu::element_of(type), counts, cosine, threshold};
-  Tensor values = torch::stable::new_empty(q, {batch, queries, heads, k}, cpu::state_dtype(type));
-  Tensor indices = torch::stable::new_empty(q, {batch, queries, heads, k}, ScalarType::Int);
-  Tensor used = torch::stable::new_empty(q, {batch, queries, heads}, ScalarType::Int);
+  Tensor values = empty_result(q, {batch, queries, heads, k}, cpu::state_dtype(type));
+  Tensor indices = empty_result(q, {batch, queries, heads, k}, ScalarType::Int);
+  Tensor used = empty_result(q, {batch, queries, heads}, ScalarType::Int);
   if (used.numel() == 0) return {values, indices, used};
   const auto run = [&]<class E>(const cpu::Primitives<E>& isa) {
     using A = cpu::AccumulateOf<E>;

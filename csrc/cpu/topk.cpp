@@ -167,9 +167,9 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor scores, int64_t k, MaybeTensor le
   const int64_t rows = scores.size(0), width = scores.size(1);
   if (k < 1 || k > kMostSelected) fail(op, "k must be 1 to ", kMostSelected, "; got ", k);
   if (width > std::numeric_limits<int32_t>::max()) fail(op, "scores has rows of ", width, "; indices are int32");
-  Tensor values = torch::stable::new_empty(scores, {rows, k});
-  Tensor indices = torch::stable::new_empty(scores, {rows, k}, ScalarType::Int);
-  Tensor counts = torch::stable::new_empty(scores, {rows}, ScalarType::Int);
+  Tensor values = empty_result(scores, {rows, k});
+  Tensor indices = empty_result(scores, {rows, k}, ScalarType::Int);
+  Tensor counts = empty_result(scores, {rows}, ScalarType::Int);
   rows::dispatch(scores.scalar_type(), [&]<class A, class S>(A, S) {
     const A least = static_cast<A>(threshold);
     const Cut<A> cut{least, least > -std::numeric_limits<A>::infinity()};

@@ -7,6 +7,7 @@
 
 #include "isa/topk_rows.h"
 #include "parallel.h"
+#include "results.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,8 @@
 #include <utility>
 
 namespace memattn::topk {
+
+using cpu::empty_result;
 
 inline constexpr int64_t kMostSelected = 4096;
 inline constexpr int64_t kSlack = 16;  // that a vector may write behind an array

@@ -16,6 +16,7 @@ from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.sign_codes import sign_codes
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
+from memattn.ops.sparse_attention import sparse_attention
 from memattn.ops.topk import TopK, topk
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "sign_codes",
     "slot_gate",
     "slot_write",
+    "sparse_attention",
     "topk",
 ]

@@ -6,6 +6,7 @@ autograd.Function below the dispatcher; the backward's refuses a second differen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,15 @@ class Differentiable:
 def define(name: str, schema: str, fake: Callable) -> None:
     """Define `memattn::name` with its shape function."""
     LIBRARY.define(f"{name}{schema}")
-    torch.library.register_fake(f"memattn::{name}", fake, lib=LIBRARY)
+
+    @functools.wraps(fake)
+    def on_one_device(*args):
+        devices = sorted({x.device.type for x in args if isinstance(x, Tensor)})
+        if len(devices) > 1:
+            raise RuntimeError(f"memattn::{name}: all tensors must be on one device; got {' and '.join(devices)}")
+        return fake(*args)
+
+    torch.library.register_fake(f"memattn::{name}", on_one_device, lib=LIBRARY)
 
 
 def define_differentiable(name: str, family: Differentiable) -> None:
