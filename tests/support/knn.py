@@ -63,7 +63,7 @@ CASES = (
     Case("no key", tokens=0),
     Case("no query", queries=0),
     Case("lengths", lengths=(130, 0)),
-    Case("threshold", threshold=9.0),
+    Case("threshold", threshold=9.0, k=128),
     Case("threshold 0", threshold=0.0, k=100),
     Case("threshold beyond all", threshold=1e9),
     Case("odd sizes", dim=37, value_dim=5, tokens=333, k=17),
