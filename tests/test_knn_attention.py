@@ -177,10 +177,14 @@ def test_a_threshold_of_zero_is_exact():
 
 @needs_cpu_kernels
 def test_bits_do_not_depend_on_company():
+    """Other queries and batch rows, among up to 4 queries of a key head and among more."""
     given = search(replace(SMALL, whole=False, queries=40).make())
-    whole = knn(**given, backend="cpu")
-    alone = knn(**{**given, "q": given["q"][1:, 17:18], "keys": given["keys"][1:]}, backend="cpu")
-    assert_same(alone, [x[1:, 17:18] for x in whole], "company")
+    keys = {**given, "keys": given["keys"][1:]}
+    for several, own in ((slice(0, 40), slice(17, 23)), (slice(16, 19), slice(17, 18))):
+        together = knn(**{**given, "q": given["q"][:, several].contiguous()}, backend="cpu")
+        alone = knn(**{**keys, "q": given["q"][1:, own]}, backend="cpu")
+        mine = slice(own.start - several.start, own.stop - several.start)
+        assert_same(alone, [x[1:, mine] for x in together], "company")
 
 
 def test_carries_no_gradient_but_the_attention_does(backend, device):
