@@ -146,10 +146,9 @@ def test_joins_local_attention(backend, device):
 @needs_cpu_kernels
 def test_bits_do_not_depend_on_the_thread_count():
     threads, results = torch.get_num_threads(), []
-    calls = [
-        search(replace(SMALL, whole=False, **sizes).make())
-        for sizes in ({"tokens": 20_000, "batch": 1, "queries": 1, "k": 50}, {"queries": 700, "tokens": 130})
-    ]
+    few = replace(SMALL, whole=False, tokens=20_000, batch=1, queries=1, heads=1, key_heads=1, k=128).make()
+    few["keys"][:, ::64] *= 10  # the first keys of every tile, hence of every part
+    calls = [search(few), search(replace(SMALL, whole=False, queries=700, tokens=130).make())]
     try:
         for n in (1, 2, 5, 5):
             torch.set_num_threads(n)
@@ -159,14 +158,33 @@ def test_bits_do_not_depend_on_the_thread_count():
     for other in results[1:]:
         for one, x in zip(results[0], other, strict=True):
             assert_same(x, one, "threads")
+    assert_nearest(results[1][0], few)
+
+
+@needs_cpu_kernels
+def test_a_threshold_of_zero_is_exact():
+    """Scores just below 0 do not reach it; zeros do, also with subnormals read as zeros."""
+    q, keys = torch.full((1, 1, 1, 1), 1e-20), torch.tensor([-1e-19, 0.0, -0.0, 1e-19]).view(1, 4, 1, 1)
+    assert knn(q, keys, 4, threshold=0.0, backend="cpu").indices.tolist() == [[[[1, 2, 3, -1]]]]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        found = knn(q, keys[:, 1:3], 4, threshold=0.0, backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.counts.item() == 2
 
 
 @needs_cpu_kernels
 def test_bits_do_not_depend_on_company():
+    """Other queries and batch rows, among up to 4 queries of a key head and among more."""
     given = search(replace(SMALL, whole=False, queries=40).make())
-    whole = knn(**given, backend="cpu")
-    alone = knn(**{**given, "q": given["q"][1:, 17:18], "keys": given["keys"][1:]}, backend="cpu")
-    assert_same(alone, [x[1:, 17:18] for x in whole], "company")
+    keys = {**given, "keys": given["keys"][1:]}
+    for several, own in ((slice(0, 40), slice(17, 23)), (slice(16, 19), slice(17, 18))):
+        together = knn(**{**given, "q": given["q"][:, several].contiguous()}, backend="cpu")
+        alone = knn(**{**keys, "q": given["q"][1:, own]}, backend="cpu")
+        mine = slice(own.start - several.start, own.stop - several.start)
+        assert_same(alone, [x[1:, mine] for x in together], "company")
 
 
 def test_carries_no_gradient_but_the_attention_does(backend, device):

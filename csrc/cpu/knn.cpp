@@ -1,6 +1,6 @@
 // Nearest keys: the k largest of q_i . k_j for every query, whose scores never leave the cache.
 //
-// A task is a block of queries against a part of the keys. Tile by tile of keys the product is computed with a column for
+// A task is a block of queries against a part of the keys, or few queries of all heads. Tile by tile of keys the product is computed with a column for
 // every query; what exceeds the query's cut, soon almost nothing, joins its candidates (topk.h).
 #include "blocks.h"
 #include "topk.h"
@@ -19,6 +19,7 @@ using cpu::round_up;
 constexpr const char* kOp = "knn_cpu";
 constexpr int64_t kMostNeighbours = 128;
 constexpr int64_t kQueries = 256;           // of a task
+constexpr int64_t kFewQueries = 4;          // per key head, for which reading the keys is what takes time
 constexpr int kKeys = 64;                   // of a tile
 constexpr int64_t kPartKeys = 4096;         // least of a task that shares its queries with others
 constexpr int64_t kTaskRows = 64;           // queries whose parts are joined by one task
@@ -49,15 +50,27 @@ struct Found {
   int32_t *indices, *counts;  // likewise, [batch, queries, heads]
 };
 
+// Tasks, and into how many parts they divide the keys that their queries are compared with.
 struct TaskGrid {
-  int64_t blocks, parts, count;  // of queries per key head, of keys; tasks
+  int64_t parts = 1, count;
 
-  TaskGrid(const Knn& a, int64_t threads) : blocks((a.rows() + kQueries - 1) / kQueries), parts(1) {
-    const int64_t whole = a.batch * a.key_heads * blocks;
-    if (whole < 4 * threads && whole % threads != 0) parts = std::clamp<int64_t>(a.tokens / kPartKeys, 1, threads);
+  TaskGrid(int64_t whole, int64_t tokens, int64_t threads) {
+    if (whole < 4 * threads && whole % threads != 0) parts = std::clamp<int64_t>(tokens / kPartKeys, 1, threads);
     count = whole * parts;
   }
+
+  // The keys of a task among `length`, in whole tiles.
+  std::pair<int64_t, int64_t> keys(int64_t task, int64_t length) const {
+    const int64_t tiles = (length + kKeys - 1) / kKeys, part = task % parts;
+    return {tiles * part / parts * kKeys, std::min(length, tiles * (part + 1) / parts * kKeys)};
+  }
 };
+
+template <class A>
+Cut<A> first_cut(const Knn& a) {
+  const A least = static_cast<A>(a.threshold);
+  return {least, least > -std::numeric_limits<A>::infinity()};
+}
 
 // A bound for vectors: everything that passes the cut exceeds it, also where subnormals are read as zeros.
 template <class A>
@@ -68,6 +81,7 @@ A loose(Cut<A> cut) {
   return std::nextafter(cut.value, -std::numeric_limits<A>::infinity());
 }
 
+// A block of queries of one head, as columns of a product.
 template <class E>
 struct Block {
   using A = cpu::AccumulateOf<E>;
@@ -101,6 +115,9 @@ struct Block {
     }
   }
 
+  static int64_t blocks(const Knn& a) { return (a.rows() + kQueries - 1) / kQueries; }
+  static int64_t tasks(const Knn& a) { return a.batch * a.key_heads * blocks(a); }
+
   void load_queries(const Knn& a, const cpu::Primitives<E>& isa, int64_t b, int64_t key_head, int64_t first, int64_t count) {
     const int padded = round_up(static_cast<int>(count), isa.unit);
     used = padded;
@@ -110,8 +127,7 @@ struct Block {
     }
     if (a.cosine) isa.l2norm_rows(rows, ld, reciprocal, static_cast<A>(kTiny), padded, width);
     isa.pack_right_transposed(columns, ld_scores, rows, ld, padded, width);
-    const A least = static_cast<A>(a.threshold);
-    const Cut<A> cut{least, least > -std::numeric_limits<A>::infinity()};
+    const Cut<A> cut = first_cut<A>(a);
     for (int64_t i = 0; i < padded; ++i) {
       cuts[i] = cut;
       bounds[i] = i < count ? loose(cut) : std::numeric_limits<A>::infinity();
@@ -143,6 +159,76 @@ struct Block {
       bounds[query] = cuts[query].value;
     }
   }
+
+  // One task; its selections go to deliver(row, candidates).
+  template <class Deliver>
+  void search(const Knn& a, const cpu::Primitives<E>& isa, const TaskGrid& grid, int64_t task, const Deliver& deliver) {
+    const Table<A>& table = topk::table<A>();
+    const int64_t whole = task / grid.parts, block = whole % blocks(a), key_head = whole / blocks(a) % a.key_heads;
+    const int64_t b = whole / blocks(a) / a.key_heads, first = block * kQueries;
+    const int64_t count = std::min(kQueries, a.rows() - first);
+    const auto [begin, end] = grid.keys(task, a.length(b));
+    load_queries(a, isa, b, key_head, first, count);
+    for (int64_t token = begin; token < end; token += kKeys) {
+      const int keys = static_cast<int>(std::min<int64_t>(kKeys, end - token));
+      score_keys(a, isa, b, key_head, token, keys);
+      add_scores(table, a.k, token, keys);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (candidates[i].count > a.k) keep_best(table, candidates[i], cuts[i], a.k, spare);
+      deliver(a.place(b, key_head, first + i), candidates[i]);
+    }
+  }
+};
+
+// The few queries of a batch row, all heads: the keys are read once, as they are stored and in the order they lie in.
+template <class A>
+struct FewQueries {
+  A *rows, *scores;           // [queries, heads, dim], [heads, kTile]
+  Cut<A>* cuts;               // [queries, heads]
+  Candidates<A>* candidates;  // likewise
+  Spare<A> spare;
+  static constexpr int kTile = 4 * kKeys;
+
+  FewQueries(Arena& arena, const Knn& a, int)
+      : rows(arena.take<A>(a.queries * a.heads * a.dim)),
+        scores(arena.take<A>(a.heads * kTile)),
+        cuts(arena.take<Cut<A>>(a.queries * a.heads)),
+        candidates(arena.take<Candidates<A>>(a.queries * a.heads)),
+        spare(arena, candidate_capacity(a.k)) {
+    for (int64_t i = 0; i < a.queries * a.heads; ++i) {
+      const Candidates<A> own = make_candidates<A>(arena, a.k);
+      if (candidates) candidates[i] = own;
+    }
+  }
+
+  static int64_t tasks(const Knn& a) { return a.batch; }
+
+  template <class Deliver>
+  void search(const Knn& a, const cpu::Primitives<A>& isa, const TaskGrid& grid, int64_t task, const Deliver& deliver) {
+    const Table<A>& table = topk::table<A>();
+    const int64_t b = task / grid.parts, count = a.queries * a.heads;
+    const auto [begin, end] = grid.keys(task, a.length(b));
+    isa.load_rows(rows, a.dim, static_cast<int>(count), a.dim, cpu::offset(a.q, a.element, b * count * a.dim), a.element,
+                  a.dim, static_cast<int>(count), a.dim);
+    std::fill_n(cuts, count, first_cut<A>(a));
+    for (int64_t i = 0; i < count; ++i) candidates[i].count = 0;
+    for (int64_t token = begin; token < end; token += kTile) {
+      const int keys = static_cast<int>(std::min<int64_t>(kTile, end - token));
+      const void* from = cpu::offset(a.keys, a.element, (b * a.tokens + token) * a.key_heads * a.dim);
+      for (int64_t query = 0; query < a.queries; ++query) {
+        isa.score_keys(scores, kTile, rows + query * a.heads * a.dim, a.dim, from, a.element, a.key_heads * a.dim, keys,
+                       static_cast<int>(a.key_heads), static_cast<int>(a.group()), a.dim);
+        for (int64_t h = 0, i = query * a.heads; h < a.heads; ++h, ++i) {
+          topk::add_scores(table, candidates[i], cuts[i], a.k, spare, scores + h * kTile, keys, token);
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (candidates[i].count > a.k) keep_best(table, candidates[i], cuts[i], a.k, spare);
+      deliver(b * count + i, candidates[i]);
+    }
+  }
 };
 
 template <class A>
@@ -154,54 +240,32 @@ void store(const Knn& a, const Found<A>& found, int64_t row, const Candidates<A>
   found.counts[row] = static_cast<int32_t>(best.count);
 }
 
-// One task: a block of queries against a part of the keys, its selections to `deliver(row, candidates)`.
-template <class E, class Deliver>
-void search(const Knn& a, const cpu::Primitives<E>& isa, Block<E>& block, const TaskGrid& grid, int64_t task,
-            const Deliver& deliver) {
-  using A = cpu::AccumulateOf<E>;
-  const Table<A>& rows = table<A>();
-  const int64_t part = task % grid.parts, whole = task / grid.parts;
-  const int64_t key_head = whole / grid.blocks % a.key_heads, b = whole / grid.blocks / a.key_heads;
-  const int64_t first = whole % grid.blocks * kQueries, count = std::min(kQueries, a.rows() - first);
-  const int64_t tiles = (a.length(b) + kKeys - 1) / kKeys;
-  const int64_t begin = tiles * part / grid.parts * kKeys, end = std::min(a.length(b), tiles * (part + 1) / grid.parts * kKeys);
-  block.load_queries(a, isa, b, key_head, first, count);
-  for (int64_t token = begin; token < end; token += kKeys) {
-    const int keys = static_cast<int>(std::min<int64_t>(kKeys, end - token));
-    block.score_keys(a, isa, b, key_head, token, keys);
-    block.add_scores(rows, a.k, token, keys);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (block.candidates[i].count > a.k) keep_best(rows, block.candidates[i], block.cuts[i], a.k, block.spare);
-    deliver(a.place(b, key_head, first + i), block.candidates[i]);
-  }
-}
-
-template <class E>
+// Searcher: Block<E> or FewQueries<E>.
+template <class Searcher, class E>
 void search_all(const Knn& a, const cpu::Primitives<E>& isa, const Found<cpu::AccumulateOf<E>>& found) {
   using A = cpu::AccumulateOf<E>;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const TaskGrid grid(a, threads);
+  const TaskGrid grid(Searcher::tasks(a), a.tokens, threads);
   const int64_t workers = std::min(threads, grid.count), total = a.batch * a.queries * a.heads;
-  const auto make_block = [&](Arena& arena) { return Block<E>(arena, a, isa.unit); };
+  const auto make_searcher = [&](Arena& arena) { return Searcher(arena, a, isa.unit); };
   const auto make_partial = [&](Arena& arena) {
     return Partial<A>(arena, grid.parts > 1 ? total : 0, grid.parts, a.k);
   };
   const auto make_spare = [&](Arena& arena) { return Spare<A>(arena, grid.parts * a.k); };
-  const size_t block_bytes = cpu::bytes_of(make_block), spare_bytes = cpu::bytes_of(make_spare);
-  Scratch scratch(workers * (block_bytes + spare_bytes) + cpu::bytes_of(make_partial));
-  std::vector<Block<E>> blocks;
+  const size_t searcher_bytes = cpu::bytes_of(make_searcher), spare_bytes = cpu::bytes_of(make_spare);
+  Scratch scratch(workers * (searcher_bytes + spare_bytes) + cpu::bytes_of(make_partial));
+  std::vector<Searcher> searchers;
   std::vector<Spare<A>> spares;
   for (int64_t i = 0; i < workers; ++i) {
-    Arena arena(scratch.data() + i * (block_bytes + spare_bytes));
-    blocks.push_back(make_block(arena));
+    Arena arena(scratch.data() + i * (searcher_bytes + spare_bytes));
+    searchers.push_back(make_searcher(arena));
     spares.push_back(make_spare(arena));
   }
-  Arena rest(scratch.data() + workers * (block_bytes + spare_bytes));
+  Arena rest(scratch.data() + workers * (searcher_bytes + spare_bytes));
   const Partial<A> partial = make_partial(rest);
 
   cpu::parallel_tasks(grid.count, workers, isa, [&](int64_t task, int64_t worker) {
-    search(a, isa, blocks[worker], grid, task, [&](int64_t row, const Candidates<A>& best) {
+    searchers[worker].search(a, isa, grid, task, [&](int64_t row, const Candidates<A>& best) {
       if (grid.parts == 1) return store(a, found, row, best);
       partial.put(row * grid.parts + task % grid.parts, best);
     });
@@ -240,12 +304,18 @@ std::tuple<Tensor, Tensor, Tensor> knn(Tensor q, Tensor keys, int64_t k, std::op
   Tensor indices = empty_result(q, {batch, queries, heads, k}, ScalarType::Int);
   Tensor used = empty_result(q, {batch, queries, heads}, ScalarType::Int);
   if (used.numel() == 0) return {values, indices, used};
+  const bool few = a.rows() <= kFewQueries && !cosine;
   const auto run = [&]<class E>(const cpu::Primitives<E>& isa) {
     using A = cpu::AccumulateOf<E>;
-    search_all<E>(a, isa, {static_cast<A*>(values.mutable_data_ptr()), indices.mutable_data_ptr<int32_t>(),
-                           used.mutable_data_ptr<int32_t>()});
+    const Found<A> found{static_cast<A*>(values.mutable_data_ptr()), indices.mutable_data_ptr<int32_t>(),
+                         used.mutable_data_ptr<int32_t>()};
+    if constexpr (!cpu::needs_packing<E>) {
+      if (few) return search_all<FewQueries<E>>(a, isa, found);
+    }
+    search_all<Block<E>>(a, isa, found);
   };
-  if (cosine && type != ScalarType::Double) {  // lengths of 1 are not for 16 bits
+  // Of 16 bits are the operands of large products alone: not of few queries, nor of vectors brought to length 1.
+  if (type != ScalarType::Double && (few || cosine)) {
     run(*cpu::primitives<float>());
   } else {
     cpu::with_primitives(type, run);

@@ -63,12 +63,14 @@ CASES = (
     Case("no key", tokens=0),
     Case("no query", queries=0),
     Case("lengths", lengths=(130, 0)),
-    Case("threshold", threshold=9.0),
+    Case("threshold", threshold=9.0, k=128),
     Case("threshold 0", threshold=0.0, k=100),
     Case("threshold beyond all", threshold=1e9),
     Case("odd sizes", dim=37, value_dim=5, tokens=333, k=17),
     Case("largest k", tokens=700, k=128),
     Case("dim 1", dim=1, tokens=200),
+    Case("few queries", queries=2, heads=4, lengths=(300, 77)),
+    Case("few queries, odd sizes", queries=1, heads=3, key_heads=3, dim=37, tokens=1333, k=17, threshold=9.0),
 )
 COSINE = tuple(replace(c, metric="cos", whole=False) for c in CASES if c.threshold is None) + (
     Case("cosine threshold", metric="cos", whole=False, threshold=0.25, k=100),

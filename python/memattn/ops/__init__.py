@@ -3,6 +3,8 @@
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
 from memattn.ops.attention_mass import attention_mass
+from memattn.ops.block_scores import block_scores
+from memattn.ops.block_summary import BlockSummary, block_summary
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
@@ -13,6 +15,7 @@ from memattn.ops.merge_states import gated_combine, merge_states
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 from memattn.ops.segment_events import Events, EventState, segment_events
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
+from memattn.ops.sign_codes import sign_codes
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
 from memattn.ops.sparse_attention import sparse_attention
@@ -20,6 +23,7 @@ from memattn.ops.topk import TopK, topk
 
 __all__ = [
     "AttentionOutput",
+    "BlockSummary",
     "EventState",
     "Events",
     "KNNAttention",
@@ -28,6 +32,8 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_mass",
+    "block_scores",
+    "block_summary",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",
@@ -46,6 +52,7 @@ __all__ = [
     "segment_events",
     "segment_memory",
     "segment_memory_step",
+    "sign_codes",
     "slot_gate",
     "slot_write",
     "sparse_attention",
