@@ -32,6 +32,7 @@ OPS = (
     "slot_write",
     "memory_recall",
     "segment_memory",
+    "sparse_attention",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
