@@ -236,9 +236,10 @@ def test_offsets_beyond_32_bits(pages):
     if pages:
         k, v = (x.view(-1, 64, 1, 16) for x in (k, v))
         table = torch.tensor([[0, tokens // 64 - 1]], dtype=torch.int32)
-    for unit, first in ((1, 64 if pages else tokens - 64), (32, 2 if pages else tokens // 32 - 2)):
-        lists = torch.arange(first, first + 64 // unit, dtype=torch.int32)[None, None, None]
-        q = torch.ones(1, 1, 1, 16, requires_grad=True)
+    starts = ((1, 1, 64 if pages else tokens - 64), *((n, 32, 2 if pages else tokens // 32 - 2) for n in (1, 16)))
+    for queries, unit, first in starts:
+        lists = torch.arange(first, first + 64 // unit, dtype=torch.int32).expand(1, queries, 1, -1)
+        q = torch.ones(1, queries, 1, 16, requires_grad=True)
         o, lse = cpu(q, k, v, lists, unit=unit, page_table=table)
         assert torch.allclose(o, torch.tensor(95.5)) and torch.allclose(lse, torch.tensor(64.0).log())
         (dq,) = torch.autograd.grad(o.sum(), q)

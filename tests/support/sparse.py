@@ -138,10 +138,10 @@ CASES = (
     Case("many, pages", queries=20, tokens=96, unit=32, entries=2, pages=16, bias=2, positions=True),
     Case("many, small pages", queries=20, tokens=96, unit=16, entries=4, pages=4, counts=True),
     Case("many packed", lengths=((20, 40), (3, 50), (0, 9), (17, 17)), unit=16, entries=3, positions=True, bias=1),
+    replace(MANY, name="many, many heads", queries=17, heads=80, key_heads=1, bias=1),
     replace(MANY, name="many wide", queries=48, key_dim=128, value_dim=256),
 )  # fmt: skip
 ROUNDED = ("small", "tokens", "large blocks", "long list", "wide", "pages across", "packed causal", "many", "many wide")
-GATED = tuple(c for c in CASES if "many heads" not in c.name)
 
 
 def evaluate(op: Callable, inputs: dict, seed: int = 1) -> dict[str, Tensor]:
