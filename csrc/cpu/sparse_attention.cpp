@@ -123,6 +123,8 @@ class Forward {
     TokenTile tiles[2];
     cursor.fill(tiles[0]);
     if (tiles[0].tokens == 0) return;
+    keys.ask_for(tiles[0]);
+    values.ask_for(tiles[0]);
     load_group(isa_, t.q, s_.ld_key, s_.key_dim, a_.q, a_, row, key_head, a_.key_dim);
     for (int at = 0; tiles[at].tokens > 0; at ^= 1) {
       cursor.fill(tiles[at ^ 1]);

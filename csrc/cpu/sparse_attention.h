@@ -179,6 +179,12 @@ struct HeadRows {
         width(padded),
         ld(leading_dim) {}
 
+  void ask_for(const TokenTile& tile) const {
+    for (int i = 0; i < tile.runs; ++i) {
+      for (int j = 0; j < tile.run[i].count; ++j) prefetch(tile.run[i].row + j);
+    }
+  }
+
   void load(AccumulateOf<E>* x, const TokenTile& tile, const TokenTile& next) const {
     int at = 0, ahead = 0, row = 0;
     for (int i = 0; i < tile.runs; ++i) {

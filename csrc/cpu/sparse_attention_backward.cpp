@@ -4,9 +4,9 @@
 //   dbias_ie = Σ_{j∈e} dS_ij        dsink = -Σ_i e^{sink - ℓ_i} Δ_i
 //
 // Two passes. The first has a task per list, or per chunk of queries, and makes dQ and dbias from the tokens that they
-// name. The second has a task per cell of memory (a block, or the part of one that lies on a page) and makes dK and dV from
-// the queries that name it, which the lists, inverted by a counting sort, tell in ascending order. Each sum is made by one
-// task in a fixed order.
+// name. The second has a task per cell of memory (a block, or the part of one that lies on a page) and makes dK and dV
+// from the queries that name it, which the lists, inverted by a counting sort, tell in ascending order. Each sum is made
+// by one task in a fixed order.
 #include "sparse_attention_backward.h"
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Sparse attention where many queries name large blocks: a chunk of queries visits the blocks that any of them names, in
-// ascending order, each with the rows that name it gathered for matrix products. A row's sums do not depend on the
+// Sparse attention where many queries name large blocks: a chunk of queries visits the blocks that any of them names,
+// in ascending order, each with the rows that name it gathered for matrix products. A row's sums do not depend on the
 // others of its chunk.
 #pragma once
 
@@ -170,8 +170,8 @@ void for_each_tile(const SparseAttention& a, const Primitives<E>& isa, const Blo
   }
 }
 
-// Rows of the next queries that see any of the tile: which of the chunk, how many of its tokens they see, by which entry.
-// Returns how many. A query that names the block twice is in two tiles of rows.
+// Rows of the next queries that see any of the tile: which of the chunk, how many of its tokens they see, by which
+// entry. Returns how many. A query that names the block twice is in two tiles of rows.
 template <class E>
 int gather_rows(const SparseAttention& a, const BlockSizes& s, const QueryChunk& chunk, const BlockTile<E>& tile,
                 int64_t block, const NamedBlock*& named, const NamedBlock* end, int* row, int* seen, int* entry) {

@@ -73,7 +73,7 @@ class ChunkBackward {
     };
     for_each_chunk(a_, isa_, s_, threads, make, prepare, [&](const QueryChunk& chunk, ChunkTemporaries<E>& t) {
       begin(chunk, t);
-      for_each_tile(a_, isa_, s_, chunk, t.named, t.tile, [&](int64_t block, const NamedBlock* x, const NamedBlock* end) {
+      const auto visit = [&](int64_t block, const NamedBlock* x, const NamedBlock* end) {
         isa_.pack_right_transposed(t.values_transposed, s_.ld_scores, t.tile.values, s_.ld_value, t.tile.width,
                                    s_.value_dim);
         const Right<E> keys = as_right(isa_, t.key_rows, t.tile.keys, s_.ld_key, t.tile.width, s_.key_dim);
@@ -81,7 +81,8 @@ class ChunkBackward {
           const int rows = gather_rows(a_, s_, chunk, t.tile, block, x, end, t.row, t.seen, t.entry);
           if (rows > 0) add(chunk, rows, keys, t);
         }
-      });
+      };
+      for_each_tile(a_, isa_, s_, chunk, t.named, t.tile, visit);
       finish(chunk, t);
     });
   }

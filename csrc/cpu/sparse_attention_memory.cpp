@@ -1,7 +1,7 @@
 // Sparse attention, backward, the memory's part: dK and dV, cell by cell, from the queries that name each.
 //
-// Cells of many tokens are the right operands of matrix products, with tiles of gathered query rows on the left. In cells
-// of few tokens these are the rows of the products, and the query rows the columns.
+// Cells of many tokens are the right operands of matrix products, with tiles of gathered query rows on the left. In
+// cells of few tokens these are the rows of the products, and the query rows the columns.
 #include "sparse_attention_backward.h"
 #include "sparse_attention_blocks.h"
 #include "sparse_attention_cells.h"

@@ -1,5 +1,5 @@
-// Sparse attention, forward, of sequences with many queries and large blocks: see sparse_attention_blocks.h. A task is a
-// chunk of queries of one key head, whose rows keep the maximum, the sum and the output of an online softmax.
+// Sparse attention, forward, of sequences with many queries and large blocks: see sparse_attention_blocks.h. A task is
+// a chunk of queries of one key head, whose rows keep the maximum, the sum and the output of an online softmax.
 #include "sparse_attention_blocks.h"
 
 #include <cmath>
@@ -63,13 +63,14 @@ class BlockForward {
     };
     for_each_chunk(a_, isa_, s_, threads, make, prepare, [&](const QueryChunk& chunk, ChunkTemporaries<E>& t) {
       begin(chunk, t);
-      for_each_tile(a_, isa_, s_, chunk, t.named, t.tile, [&](int64_t block, const NamedBlock* x, const NamedBlock* end) {
+      const auto visit = [&](int64_t block, const NamedBlock* x, const NamedBlock* end) {
         const Right<E> values = as_right(isa_, t.values, t.tile.values, s_.ld_value, t.tile.width, s_.value_dim);
         while (x != end) {
           const int rows = gather_rows(a_, s_, chunk, t.tile, block, x, end, t.row, t.seen, t.entry);
           if (rows > 0) add(chunk, rows, values, t);
         }
-      });
+      };
+      for_each_tile(a_, isa_, s_, chunk, t.named, t.tile, visit);
       finish(chunk, t);
     });
   }
