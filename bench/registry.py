@@ -29,10 +29,13 @@ OPS = (
     "attention",
     "attention_decode",
     "rat_attention",
+    "merge_states",
     "slot_write",
     "memory_recall",
     "segment_memory",
     "sparse_attention",
+    "topk",
+    "knn",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

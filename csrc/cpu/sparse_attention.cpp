@@ -205,8 +205,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             int64_t unit, double scale) {
   const SparseAttention a = read_sparse_arguments(kOp, q, k, v, indices, counts, q_positions, bias, sink, page_table,
                                                   cu_seqlens_q, cu_seqlens_k, unit, scale);
-  Tensor o = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, state_dtype(q.scalar_type()));
+  Tensor o = empty_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  Tensor lse = empty_result(q, {q.size(0), q.size(1), q.size(2)}, state_dtype(q.scalar_type()));
   with_primitives(q.scalar_type(), [&](const auto& isa) {
     Forward(a, isa, o.mutable_data_ptr(), lse.mutable_data_ptr()).run(torch::stable::get_num_threads());
   });

@@ -4,6 +4,7 @@
 #include "../common/sequences.h"
 #include "blocks.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace memattn::cpu {
 

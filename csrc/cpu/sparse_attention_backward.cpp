@@ -178,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   if (a.rows() > kMost || a.entries > kMost) fail(kOp, "indices must have less than 2^31 rows and entries");
 
   const auto like = [&](const std::optional<Tensor>& x) {
-    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, sums);
+    return x ? result_like(*x) : empty_result(q, {0}, sums);
   };
-  Tensor dq = torch::stable::empty_like(q), dbias = like(bias), dsink = like(sink);
-  Tensor dk = memory ? torch::stable::empty_like(k) : torch::stable::new_empty(k, {0});
-  Tensor dv = memory ? torch::stable::empty_like(v) : torch::stable::new_empty(v, {0});
+  Tensor dq = result_like(q), dbias = like(bias), dsink = like(sink);
+  Tensor dk = memory ? result_like(k) : empty_result(k, {0});
+  Tensor dv = memory ? result_like(v) : empty_result(v, {0});
   const SparseGradients g{o.const_data_ptr(),
                           d_o.const_data_ptr(),
                           lse.const_data_ptr(),
