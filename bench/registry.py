@@ -35,6 +35,7 @@ OPS = (
     "memory_recall",
     "segment_memory",
     "segment_events",
+    "sparse_attention",
     "topk",
     "knn",
     "block_summary",

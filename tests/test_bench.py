@@ -182,6 +182,17 @@ def test_attention_flops_count_the_pairs_of_the_mask():
         assert [one.work(case, m, torch.float32).flops for m in one.modes] == [n * 2 * 3 * 16 * pairs for n in (2, 7)]
 
 
+def test_sparse_attention_flops_count_the_listed_tokens_that_are_seen():
+    one = registry.load("sparse_attention")
+    for _, case in one.shapes("cpu", "fwd"):
+        case = replace(one.small(case), heads=6, key_heads=3, dim=16)
+        given = one.inputs(case, "fwd", torch.float32, "cpu", 0)
+        last = given.get("q_positions", torch.full((1, 1), case.tokens))
+        tokens = given["indices"].long()[..., None] * case.unit + torch.arange(case.unit)
+        pairs = int(((tokens >= 0) & (tokens <= last[:, :, None, None, None])).sum()) * 2  # heads of a key head
+        assert [one.work(case, m, torch.float32).flops for m in one.modes] == [n * 2 * 16 * pairs for n in (2, 7)]
+
+
 def test_segment_memory_flops_count_the_rows_that_meet_a_memory():
     one = registry.load("segment_memory")
     for delta in (True, False):

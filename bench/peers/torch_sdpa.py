@@ -1,6 +1,6 @@
 """torch's scaled_dot_product_attention, in its own layout: the transposes of q, k and v are views.
 
-To RAT it is what RAT stands in for: causal attention of equal width over all tokens, another function.
+To RAT and to sparse attention it is what they stand in for: (causal) attention over all tokens, another function.
 """
 
 from __future__ import annotations
@@ -60,6 +60,31 @@ def instead_of_rat(mode: str, given: Inputs) -> Results:
     return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaves, do), strict=True))}
 
 
+def over_everything(mode: str, given: Inputs) -> Results:
+    """Attention to all tokens instead of the listed ones; of several queries the causal one."""
+    leaves = [given[n] for n in "qkv"]
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    grouped, causal = q.shape[1] != k.shape[1], q.shape[2] > 1
+    with torch.set_grad_enabled(mode == "fwdbwd"):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    if mode == "fwd":
+        return {"o": o}
+    gradients = torch.autograd.grad(o, leaves, given["do"])
+    return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+
+
+def gathered(given: Inputs) -> Results:
+    """The listed tokens of one query copied together, then attention to them."""
+    q, k, v, blocks, unit = (given[n] for n in ("q", "k", "v", "indices", "unit"))
+    if q.shape[1] > 1:
+        raise NotImplementedError("a copy of the listed tokens for each of several queries does not fit")
+    rows = (blocks.long()[0, 0][..., None] * unit + torch.arange(unit, device=q.device)).flatten(1)  # [HKV, m]
+    head = torch.arange(k.shape[2], device=q.device)[:, None]
+    with torch.no_grad():
+        k, v = k[0, rows, head][None], v[0, rows, head][None]
+        return {"o": F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True).transpose(1, 2)}
+
+
 def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Candidate | tuple[str, str]]:
     """torch itself. `wheel` is another peer's."""
     if op == "attention_decode":
@@ -67,6 +92,10 @@ def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Cand
     if op == "rat_attention":
         call = partial(instead_of_rat, mode)
         return [Candidate("torch SDPA of equal width", torch.__version__, call, judged=False)]
+    if op == "sparse_attention":
+        call = partial(over_everything, mode)
+        everything = Candidate("torch SDPA over everything", torch.__version__, call, judged=False)
+        return [everything] + ([Candidate("torch gather + SDPA", torch.__version__, gathered)] if mode == "fwd" else [])
     if op != "attention":
         return []
     from bench.ops.attention import runner
