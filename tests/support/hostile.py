@@ -460,7 +460,9 @@ def listed(draw: Draw) -> Iterator[Call]:
         "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "unit": draw.one_of((1, 4, 64)), "scale": 0.2,
     }, lists_free | {("q", 2), ("v", 3)})  # fmt: skip
     yield forward
-    yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1}, lists_free)
+    backward = backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1}, lists_free)
+    backward.arguments["memory"] = draw.flag()
+    yield backward
 
 
 def joining(draw: Draw) -> Iterator[Call]:
