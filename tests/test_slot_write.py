@@ -27,7 +27,6 @@ from support.slots import (
 
 from memattn import backends
 from memattn.ops import attention, merge_states, slot_write
-from memattn.ops._library import resolve
 from memattn.reference import slot_write as reference
 
 NO_KERNELS = backends.why_not("slot_write", "cpu", backends.Request("cpu", torch.float32))
@@ -52,14 +51,14 @@ def test_within_tolerance_of_truth(c, backend, device):
         actual = evaluate(functools.partial(slot_write, backend=backend), inputs)
         assert actual["o"].dtype == dtype and actual["lse"].dtype == torch.promote_types(dtype, torch.float32)
         assert all(actual[f"d{n}"].dtype == dtype for n in TENSORS if f"d{n}" in actual)
-        judge(c, dtype, actual, by_parts if backend == "cpu" else reference.chunked)
+        judge(c, dtype, actual, comparator=by_parts if backend == "cpu" else reference.chunked)
 
 
 def table_errors():
     """Results of the table in this process that miss the truth by more than the rule allows."""
 
     def check(c, dtype):
-        judge(c, dtype, evaluate(functools.partial(slot_write, backend="cpu"), c.make(dtype)), by_parts)
+        judge(c, dtype, evaluate(functools.partial(slot_write, backend="cpu"), c.make(dtype)), comparator=by_parts)
 
     few = [c for c in CASES if c.name in ROUNDED and "many" not in c.name]
     return tables.misses(check, [(c, dtype) for c in few for dtype in (torch.float32, torch.bfloat16)])
@@ -151,25 +150,10 @@ def test_bits_do_not_depend_on_the_thread_count(dtype):
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("own", [True, False])
-def test_opcheck(own):
-    inputs = Case("", batch=2, slots=3, tokens=5).make()
-    scores = torch.randn(2, 3, 2) if own else None
-    values = inputs["v_self"] if own else None
-    for grad in (True, False):
-        tensors = [inputs["q"], inputs["k"], inputs["v"], scores, values]
-        args = (*(x if x is None else x.clone().requires_grad_(grad) for x in tensors), None, None, 0.25)
-        assert set(torch.library.opcheck(resolve("slot_write_cpu"), args).values()) == {"SUCCESS"}
-    o, lse = resolve("slot_write_cpu")(*args)
-    backward = (torch.randn_like(o), torch.randn_like(lse), o, lse, *args)
-    assert set(torch.library.opcheck(resolve("slot_write_cpu_backward"), backward).values()) == {"SUCCESS"}
-
-
-@needs_cpu_kernels
 def test_second_derivative_is_refused():
     inputs = {n: x.requires_grad_() if n in TENSORS else x for n, x in SMALL.make().items()}
     (dv,) = torch.autograd.grad(slot_write(**inputs).o.sum(), inputs["v"], create_graph=True)
-    with pytest.raises(RuntimeError, match="memattn::slot_write_cpu has no second derivative.*backend='chunked'"):
+    with pytest.raises(RuntimeError, match="memattn::attention_cpu has no second derivative.*backend='chunked'"):
         dv.sum().backward()
 
 

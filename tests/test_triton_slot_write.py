@@ -14,6 +14,7 @@ op = functools.partial(slot_write, backend="triton")
 IN_SECONDS = ("wide", "many slots", "many slots, all")
 ROUNDED = {torch.float32: ("small", "lengths, all"), torch.bfloat16: ("all", "packed"), torch.float16: ()}
 RELATIONS = ("every_token_of_its_sequence_counts_and_no_other", "permuted_slots_give_permuted_updates")
+DRAWS = 6
 FEW = replace(SMALL, tokens=20, slots=3)
 
 
@@ -33,10 +34,11 @@ def test_float64_equals_the_definition(c, device, full):
 def test_within_tolerance_of_truth(c, dtype, device, full):
     if not full and c.name not in ROUNDED[dtype]:
         pytest.skip("--full: every case in every dtype; in float64 they run by default")
-    actual = evaluate(op, c.make(dtype, device))
-    assert actual["o"].dtype == dtype and actual["lse"].dtype == torch.float32
-    assert all(actual[f"d{n}"].dtype == dtype for n in TENSORS if f"d{n}" in actual)
-    judge(c, dtype, actual)
+    several = DRAWS if c.name == "small" else 1  # five slots: one large weight's rounding is most of an error
+    actual = [evaluate(op, c.make(dtype, device, seed)) for seed in range(several)]
+    assert actual[0]["o"].dtype == dtype and actual[0]["lse"].dtype == torch.float32
+    assert all(actual[0][f"d{n}"].dtype == dtype for n in TENSORS if f"d{n}" in actual[0])
+    judge(c, dtype, *actual)
 
 
 @pytest.mark.parametrize("c", [Case("", 1, 2, 4), Case("", 1, 2, 4, see="all"), Case("", lengths=(3, 0), packed=True)])

@@ -384,25 +384,6 @@ def segments(draw: Draw) -> Iterator[Call]:
     yield backward_of(forward, draw, ("o", "", "states"), {"do": 0, "dfinal_state": 1})
 
 
-def slots(draw: Draw) -> Iterator[Call]:
-    batch, tokens, bounds, _ = draw.sequences()
-    key_heads, heads = draw.heads()
-    k_dim, v_dim = draw.one_of(DIMS), draw.one_of(DIMS)
-    keys, key_bounds = tokens + draw.one_of((0, 3, 70)), bounds
-    if bounds is not None:
-        key_bounds = bounds.clone()
-        key_bounds[-1] = keys
-    own = draw.flag()
-    forward = Call("slot_write_cpu", {
-        "q": draw.normal(batch, tokens, heads, k_dim), "k": draw.normal(batch, keys, key_heads, k_dim),
-        "v": draw.normal(batch, keys, key_heads, v_dim), "scores": draw.state(batch, tokens, heads) if own else None,
-        "values": draw.normal(batch, tokens, heads, v_dim) if own else None, "cu_seqlens_q": bounds,
-        "cu_seqlens_k": key_bounds, "scale": 0.2,
-    }, QUERIES)  # fmt: skip
-    yield forward
-    yield backward_of(forward, draw, ("o", "lse"), {"do": 0, "dlse": 1})
-
-
 def selection(draw: Draw) -> Iterator[Call]:
     rows, columns = draw.one_of((0, 1, 5)), draw.one_of(LENGTHS)
     lengths = torch.randint(0, columns + 1, (rows,), generator=draw.noise)
@@ -483,7 +464,7 @@ def joining(draw: Draw) -> Iterator[Call]:
 
 
 FAMILIES = (
-    delta_rule, linear, convolution, scan, softmax, mass, decode, rat, segments, slots, joining, selection, nearest,
+    delta_rule, linear, convolution, scan, softmax, mass, decode, rat, segments, joining, selection, nearest,
     summarised, listed,
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from memattn.ops import merge_states
 from memattn.reference import slot_write as reference
 from support import relations
-from support.compare import CEILING, assert_close_to_truth, relative_error, to_float64
+from support.compare import CEILING, assert_draws_close_to_truth, relative_error, to_float64
 from support.relations import assert_same
 
 TOLERANCE = 2e-5
@@ -102,9 +102,9 @@ def evaluate(op: Callable, inputs: dict, seed: int = 1) -> dict[str, Tensor]:
 
 
 @functools.cache
-def truth_of(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def truth_of(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """The definition in float64 on the case's inputs."""
-    return evaluate(reference.loop, to_float64(case.make(dtype)))
+    return evaluate(reference.loop, to_float64(case.make(dtype, seed=seed)))
 
 
 def by_parts(q, k_self, v_self, k, v, *, see="own", operand_dtype=None, **settings):
@@ -122,13 +122,19 @@ def by_parts(q, k_self, v_self, k, v, *, see="own", operand_dtype=None, **settin
     return merge_states(*zip(slots, tokens, strict=True))
 
 
-def judge(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], comparator: Callable = by_parts) -> None:
-    """The tolerance rule of support.compare; a handful of values proves nothing about the ratio of two roundings."""
-    truth = truth_of(case, dtype)
+def judge(case: Case, dtype: torch.dtype, *actual: dict[str, Tensor], comparator: Callable = by_parts) -> None:
+    """The tolerance rule of support.compare, for results of draws 0, 1, ... of the case's inputs.
+
+    A handful of values proves nothing about the ratio of two roundings.
+    """
     rounding = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    other = evaluate(functools.partial(comparator, operand_dtype=rounding), case.make(dtype))
-    other = {n: x if x.numel() >= 100 else truth[n] * (1 + CEILING[dtype]) for n, x in other.items()}
-    assert_close_to_truth(actual, other, truth, CEILING[dtype])
+    draws = []
+    for seed, results in enumerate(actual):
+        truth = truth_of(case, dtype, seed)
+        other = evaluate(functools.partial(comparator, operand_dtype=rounding), case.make(dtype, seed=seed))
+        other = {n: x if x.numel() >= 100 else truth[n] * (1 + CEILING[dtype]) for n, x in other.items()}
+        draws.append((results, other, truth, {}))
+    assert_draws_close_to_truth(draws, CEILING[dtype])
 
 
 def relation(check: Callable) -> Callable:

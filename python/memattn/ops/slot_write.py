@@ -9,8 +9,7 @@ Sources: "own" with τ is Memformer (Wu et al. 2020, arXiv 2010.06891), with all
 memory attention of DT-Mem's released code (Kang et al. 2023, arXiv 2305.16338).
 
 It is attention over the tokens whose softmax begins with what each slot has of the slots: the score and value of its
-own key, or ℓ and o of attention over all of them. Nothing is concatenated, and no second pass joins the two. On Triton
-attention over the tokens is a call of its kernels, and what the slot has of the slots is joined to it in plain torch.
+own key, or ℓ and o of attention over all of them. Nothing is concatenated, and no second pass joins the two.
 """
 
 from __future__ import annotations
@@ -21,50 +20,16 @@ from torch import Tensor
 from memattn import backends
 from memattn.backends import Limits, Request
 from memattn.ops import _checks as check
-from memattn.ops._library import Differentiable, define_differentiable, resolve
-from memattn.ops._rat_stages import NO_MASK, attend
+from memattn.ops._library import resolve
+from memattn.ops._masks import settings
 from memattn.reference import slot_write as reference
-from memattn.reference.attention import AttentionOutput, accumulate_dtype, joined
+from memattn.reference.attention import AttentionOutput, accumulate_dtype
+from memattn.reference.attention_mask import Mask
 
 OP = "slot_write"
 SEE = ("own", "all", "none")
 
-# --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
-
-# scores [B, M, H] and values [B, M, H, V] are what the softmax of each slot begins with.
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? scores, Tensor? values, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-
-
-def _fake(q, k, v, *rest):
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-
-
-def _backward_fake(do, dlse, o, lse, q, k, v, scores, values, *rest):
-    own = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (scores, values))
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *own
-
-
-def _backward(op, saved, args, grads):
-    *tensors, o, lse = saved
-    do, dlse = grads
-    do = torch.zeros_like(o) if do is None else do.contiguous()
-    dq, dk, dv, *own = op(do, None if dlse is None else dlse.contiguous(), o, lse, *tensors, args[-1])
-    dscores, dvalues = (None if x is None else dx for x, dx in zip(tensors[3:5], own, strict=True))
-    return dq, dk, dv, dscores, dvalues, None, None, None
-
-
-FAMILY = Differentiable(
-    schema=f"({_ARGUMENTS}, float scale) -> (Tensor, Tensor)",
-    backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    backward_fake=_backward_fake,
-    outputs=2,
-    save=lambda args, outputs: (*args[:-1], *outputs),
-    backward=_backward,
-)
-define_differentiable(f"{OP}_cpu", FAMILY)
-_CPU = resolve(f"{OP}_cpu")
+# --- backends ---------------------------------------------------------------------------------------------------------
 
 _FEATURES = frozenset({"backward", "lengths", "packed"})
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +38,8 @@ backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_nativ
 backends.register(OP, "chunked", Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES))
 
 _PASSED = check.Passed()
+_ATTENTION = {name: resolve(f"attention_{name}") for name in ("cpu", "triton")}
+_EVERYTHING = settings(Mask(causal=False))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -143,40 +110,23 @@ def _laid_out(bounds, *tensors):
     return [x if x is None or bounds is None else x.reshape(1, -1, *x.shape[2:]) for x in tensors]
 
 
-def _gathered(q, k, v, scores, values, bounds, scale):
-    """The cpu stage's o and lse; with bounds over slots and tokens laid end to end."""
-    tensors = _laid_out(bounds, q, k, v, scores, values)
-    o, lse = _CPU(*check.contiguous(*tensors, *(bounds or (None, None))), scale)
+def _gathered(name, q, k, v, scores, values, bounds, scale):
+    """Attention of slots over tokens that begins from scores and values; with bounds over both laid end to end."""
+    q_, k_, v_, *first = _laid_out(bounds, q, k, v, scores, values)
+    tensors = check.contiguous(q_, k_, v_, None, None, *(bounds or (None, None)), *first)
+    o, lse = _ATTENTION[name](*tensors, *_EVERYTHING, False, scale)
     return o.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
 
 
-def _own(q, k_self, v_self, scale):
-    """Score and value of each slot's own key."""
-    dtype = accumulate_dtype(q.dtype)
-    return scale * (q.to(dtype) * k_self.to(dtype)).sum(-1), v_self
-
-
-def _cpu(q, k_self, v_self, k, v, see, scale, bounds):
+def _serve(name, q, k_self, v_self, k, v, see, scale, bounds):
+    """The softmax over the tokens begins from what the slot takes from slots."""
     scores = values = None
     if see == "own":
-        scores, values = _own(q, k_self, v_self, scale)
+        dtype = accumulate_dtype(q.dtype)
+        scores, values = scale * (q.to(dtype) * k_self.to(dtype)).sum(-1), v_self
     elif see == "all":
-        values, scores = _gathered(q, k_self, v_self, None, None, None, scale)
-    return AttentionOutput(*_gathered(q, k, v, scores, values, bounds, scale))
-
-
-def _triton(q, k_self, v_self, k, v, see, scale, bounds):
-    queries, keys, values = _laid_out(bounds, q, k, v)
-    bounds_q, bounds_k = bounds or (None, None)
-    o, lse = attend(queries, (keys, values), bounds_q, bounds_k, NO_MASK, scale)
-    o, lse = o.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
-    if see != "none":
-        if see == "own":
-            score, value = _own(q, k_self, v_self, scale)
-        else:
-            value, score = attend(q, (k_self, v_self), None, None, NO_MASK, scale)
-        o, lse = joined((o, value.to(lse.dtype)), (lse, score))
-    return AttentionOutput(o.to(q.dtype), lse)
+        values, scores = _gathered(name, q, k_self, v_self, None, None, None, scale)
+    return AttentionOutput(*_gathered(name, q, k, v, scores, values, bounds, scale))
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -237,5 +187,4 @@ def slot_write(
                 q, k_self, v_self, k, v, see=see, tau=tau, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale
             )
     scale = float((q.shape[3] ** -0.5 if scale is None else scale) / tau)
-    serve = _triton if name == "triton" else _cpu
-    return serve(q, k_self, v_self, k, v, see, scale, _bounds(q, k, lengths, cu_seqlens))
+    return _serve(name, q, k_self, v_self, k, v, see, scale, _bounds(q, k, lengths, cu_seqlens))
