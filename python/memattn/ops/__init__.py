@@ -5,6 +5,7 @@ from memattn.ops.attention_decode import attention_decode
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
+from memattn.ops.gather_copy import gather_copy
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
@@ -25,6 +26,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_scan",
     "gated_scan_step",
+    "gather_copy",
     "linear_attention",
     "linear_attention_step",
     "memory_recall",
