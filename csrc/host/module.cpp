@@ -4,8 +4,13 @@
 
 #include "../common/cpu_features.h"
 
+namespace memattn::pool {
+void bind(pybind11::module_& m);  // pool_bindings.cpp
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Tensor-free host code of memattn.";
   m.def("available_isas", &memattn::available_isas, "The instruction-set tables this processor can run, general first.");
   m.def("selected_isa", &memattn::selected_isa, "The table the CPU kernels use: the last available, or MEMATTN_CPU_ISA.");
+  memattn::pool::bind(m);
 }
