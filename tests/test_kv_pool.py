@@ -4,7 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.pool import BATCH, DEVICE_PAGE, HEADS, KEY_DIM, PAGE, TIERS, VALUE_DIM, Play, assert_gathered, make_pool
+from support.pool import (
+    BATCH,
+    DEVICE_PAGE,
+    HEADS,
+    KEY_DIM,
+    PAGE,
+    TIERS,
+    VALUE_DIM,
+    Play,
+    assert_gathered,
+    assert_summaries,
+    make_pool,
+)
+from support.pool_planted import BUGS, plant
 
 from memattn import KVPool, _native
 from memattn.pool import PoolFull
@@ -28,6 +41,37 @@ def filled(tokens, **options):
 def test_random_calls(tiers, tmp_path, full):
     for seed in range(20 if full else 3):
         Play(tmp_path, TIERS[tiers](tmp_path), seed).run(60 if full else 25)
+
+
+def play_everything(folder):
+    """Raises if anything is wrong: random calls on few and on all tiers, then a merge, forgetting and a deletion."""
+    for tiers in ("three pages, file", "two pages, host, file", "one page, file, int8"):
+        Play(folder, TIERS[tiers](folder), seed=1).run(30)
+    test_merge()
+    shared, k, v = filled(6, summaries=("mean", "min", "max"))
+    shared.snapshot()
+    shared.append(0, k[:, :1], v[:, :1])
+    assert_summaries(shared)
+    ring, k, v = filled(8, capacity=10, forget="ring")
+    ring.append(0, k, v)
+    assert ring.tokens(0).ids.tolist() == [list(range(6, 16))] * BATCH
+    ring.save(folder / "ring.safetensors")
+    ring.delete(0, torch.tensor([6, 7]))
+    assert KVPool.load(folder / "ring.safetensors").lengths(0).tolist() == [8, 10]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
+    plant(bug, monkeypatch)
+    try:
+        play_everything(tmp_path)
+    except Exception:
+        return
+    pytest.fail(f"no check noticed: {bug}")
+
+
+def test_without_a_bug_nothing_is_caught(tmp_path):
+    play_everything(tmp_path)
 
 
 def test_empty_pool():
