@@ -99,6 +99,7 @@ void PageTable::close_page(int32_t handle) {
   for (int tier = 0; tier < kTiers; ++tier) release(tier, handle);
   moved_summaries_.push_back({page.stream, kNone, page.summary});
   streams_[page.stream].free_summaries.push_back(page.summary);
+  pinned_ -= page.pinned;
   page = Page();
   free_pages_.push_back(handle);
   --held_;
@@ -125,8 +126,10 @@ void PageTable::release_lower(int32_t handle) {
   release(kFile, handle);
 }
 
-int64_t PageTable::pages_pinned() const {
-  return std::count_if(pages_.begin(), pages_.end(), [](const Page& page) { return page.pinned; });
+void PageTable::pin(int64_t stream, int64_t ordinal, bool pinned) {
+  Page& page = pages_[at(stream, ordinal)];
+  pinned_ += int64_t{pinned} - int64_t{page.pinned};
+  page.pinned = pinned;
 }
 
 int64_t PageTable::bytes() const {

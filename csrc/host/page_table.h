@@ -130,7 +130,8 @@ class PageTable {
   Stream& stream(int64_t s) { return streams_.at(s); }
   const Frames& frames(int tier) const { return frames_.at(tier); }
   int64_t pages_held() const { return held_; }
-  int64_t pages_pinned() const;
+  int64_t pages_pinned() const { return pinned_; }
+  void pin(int64_t stream, int64_t ordinal, bool pinned);
   int64_t bytes() const;
 
   const int64_t page_size;
@@ -173,7 +174,7 @@ class PageTable {
   std::map<int64_t, std::vector<Handles>> snapshots_;
   Grow grow_file_;
   int64_t file_limit_;
-  int64_t held_ = 0, epoch_ = 0, next_snapshot_ = 0;
+  int64_t held_ = 0, pinned_ = 0, epoch_ = 0, next_snapshot_ = 0;
 };
 
 }  // namespace memattn::pool

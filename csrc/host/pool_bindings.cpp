@@ -43,7 +43,7 @@ void restore_statistics(PageTable& table, int64_t stream, int64_t ordinal, int64
   Page& page = table.page(stream, ordinal);
   page.hits = hits;
   page.mass = mass;
-  page.pinned = pinned;
+  table.pin(stream, ordinal, pinned);
 }
 
 void add_mass(PageTable& table, int64_t stream, Address ordinals, Address mass, int64_t count, double decay) {
@@ -171,7 +171,7 @@ void bind_table(py::module_& m) {
              int64_t* to = array(out);
              for (const Token& token : t.page(handle).tokens) *to++ = token.id;
            })
-      .def("pin", [](PageTable& t, int64_t stream, int64_t o, bool pinned) { t.page(stream, o).pinned = pinned; })
+      .def("pin", &PageTable::pin)
       .def("write_statistics", &write_statistics)
       .def("restore_statistics", &restore_statistics)
       .def("add_mass", &add_mass)

@@ -40,8 +40,9 @@ class KVPool:
 
     Tokens are named by ids, one count per layer and batch row, never used twice. Not thread-safe; no gradients. Errors:
     ValueError and TypeError for misuse, PoolFull when there is no room, OSError for the disk; after each of them the
-    pool is as it was before the call. Paged cache after Kwon et al. 2023 (arXiv 2309.06180); cached units on the
-    device over a host memory after InfLLM (Xiao et al. 2024, arXiv 2402.04617).
+    pool is as it was before the call (a `delete` that could not change a saved file says so). Paged cache after Kwon
+    et al. 2023 (arXiv 2309.06180); cached units on the device over a host memory after InfLLM (Xiao et al. 2024,
+    arXiv 2402.04617).
     """
 
     def __init__(
@@ -80,7 +81,6 @@ class KVPool:
         place = None if folder is None else os.fspath(folder)
         self._pages = PagedStreams(self.config, frames, self.device, place, seed)
         self._retention = Retention(self._pages, capacity, forget)
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._saved: dict[str, str] = {}  # files that hold this pool's tokens, and the name of that save
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -264,8 +264,6 @@ class KVPool:
         """
         where = self._where(layer, indices, unit)
         pages, table = self._pages, self._pages.table
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
         try:
             plan = table.load(address(where.streams), address(where.ordinals), len(where.streams), True)
         except ValueError as error:
@@ -285,7 +283,8 @@ class KVPool:
         the last `gather` returned is no longer valid.
         """
         where, pages = self._where(layer, indices, unit), self._pages
-        if self._side is None:
+        side = pages.tiers.side
+        if side is None:
             if pages.tiers.file is not None:
                 stream, ordinal = where.streams.tolist(), where.ordinals.tolist()
                 found = [
@@ -293,8 +292,8 @@ class KVPool:
                 ]
                 pages.tiers.prefetch([frame for tier, frame in found if tier == FILE])
             return
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
             pages.apply(pages.table.load(address(where.streams), address(where.ordinals), len(where.streams), False))
 
     def read(self, layer: int, *, row: int = 0) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,8 @@ class Tiers:
     ) -> None:
         self.config, self.device = config, device
         self.moved: Counter[tuple[int, int]] = Counter()  # bytes from tier to tier
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # of prefetches
+        self._reading_host: Any = None  # event behind the last copy from host memory to a GPU
         self._touched = 0  # bytes of the file since it was last unmapped
         record = record_bytes(config)
         self.levels: list[Any] = [DeviceTier(host, config, frames[DEVICE], device), None, None]
@@ -161,8 +163,12 @@ class Tiers:
 
     def carry_out(self, plan: Any) -> None:
         """The copies of a plan, then its erasures."""
+        if self.side is not None and torch.cuda.current_stream(self.device) != self.side:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
         for source, target, sources, targets in plan.copies:
             self._copy(source, target, torch.tensor(sources), torch.tensor(targets))
+        if plan.erased[HOST] or plan.erased_rows[HOST]:
+            self._wait_for_reads()
         for level, frames, rows in zip(self.levels, plan.erased, plan.erased_rows, strict=True):
             if frames:
                 level.erase(torch.tensor(frames))
@@ -197,6 +203,8 @@ class Tiers:
     def _copy(self, source: int, target: int, sources: Tensor, targets: Tensor) -> None:
         a, b = self.levels[source], self.levels[target]
         self.moved[source, target] += len(sources) * (b if source == DEVICE else a).page_bytes
+        if target == HOST:
+            self._wait_for_reads()
         same_form = self.config.compress is None or DEVICE not in (source, target) or source == target
         for some, other in zip(sources.split(_PAGES_AT_ONCE), targets.split(_PAGES_AT_ONCE), strict=True):
             if same_form and self.device.type == "cpu":
@@ -206,10 +214,17 @@ class Tiers:
                 for x, y in zip(_parts(a), _parts(b), strict=True):
                     for i, j in zip(some.tolist(), other.tolist(), strict=True):
                         y[j].copy_(x[i], non_blocking=True)  # from pinned memory
+                self._reading_host = torch.cuda.current_stream(self.device).record_event()
             else:
                 b.write(other, *a.read(some))
             if FILE in (source, target):
                 self._touch(FILE, len(some))
+
+    def _wait_for_reads(self) -> None:
+        """Before host memory changes: a GPU may still be reading it."""
+        if self._reading_host is not None:
+            self._reading_host.synchronize()
+            self._reading_host = None
 
     def _touch(self, tier: int, pages: int) -> None:
         if tier != FILE:
