@@ -229,10 +229,10 @@ void PageTable::bring(const Handles& handles, Plan& plan) {
   }
 }
 
-// A device frame of zeros for a new page.
+// Zeros for the rows of a new page that its tokens leave free.
 void PageTable::blank(int32_t handle, Plan& plan) {
-  const int32_t frame = assign(kDevice, handle);
-  if (!frames_[kDevice].stale(frame)) return;
+  const int32_t frame = pages_[handle].frame[kDevice];
+  if (!frames_[kDevice].stale(frame) || pages_[handle].fill == page_size) return;
   plan.erased[kDevice].push_back(frame);
   frames_[kDevice].cleaned(frame);
 }
@@ -318,10 +318,12 @@ std::pair<Plan, int64_t> PageTable::place(int64_t stream, int64_t after, const N
   const int64_t here = opened ? page_size - pages_[handle].fill : 0;
   make_room((std::max<int64_t>(0, tokens.count - here) + page_size - 1) / page_size, plan);
   int64_t ordinal = after;
+  Handles fresh;
   for (int64_t i = 0; i < tokens.count; ++i) {
     if (handle == kNone || pages_[handle].fill == page_size) {
       handle = open_page(stream);
-      blank(handle, plan);
+      assign(kDevice, handle);
+      fresh.push_back(handle);
       to.pages.insert(to.pages.begin() + ++ordinal, handle);
     }
     Page& page = pages_[handle];
@@ -333,6 +335,7 @@ std::pair<Plan, int64_t> PageTable::place(int64_t stream, int64_t after, const N
     ++page.fill;
     ++page.count;
   }
+  for (int32_t opened_page : fresh) blank(opened_page, plan);
   to.tokens += tokens.count;
   return {finish(std::move(plan)), ordinal};
 }
@@ -342,7 +345,7 @@ std::pair<Plan, int64_t> PageTable::adopt(int64_t stream, const int64_t* ids, co
   Plan plan = begin();
   make_room(1, plan);
   const int32_t handle = open_page(stream);
-  blank(handle, plan);
+  assign(kDevice, handle);
   streams_.at(stream).pages.push_back(handle);
   Page& page = pages_[handle];
   for (int64_t i = 0; i < page_size; ++i) {

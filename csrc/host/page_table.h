@@ -99,7 +99,8 @@ class PageTable {
   // Puts tokens behind those of page `after` (-1: in front), opening pages as needed; rows[i] is the device row of
   // token i. Returns the plan and the page of the last token.
   std::pair<Plan, int64_t> place(int64_t stream, int64_t after, const NewTokens& tokens, int64_t* rows);
-  // Opens a page behind all others with these rows, holes included (id -1); returns the plan and its device frame.
+  // Opens a page behind all others with these rows, holes included (id -1); returns the plan and its device frame, which
+  // the caller overwrites as a whole.
   std::pair<Plan, int64_t> adopt(int64_t stream, const int64_t* ids, const int64_t* positions, const int64_t* tags);
   // Makes pages resident and theirs alone, ready to be written.
   Plan make_writable(int64_t stream, const int64_t* ordinals, int64_t count);

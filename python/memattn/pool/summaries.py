@@ -73,8 +73,8 @@ class Summaries:
         for kind, x in self._kinds[layer].items():
             here = x[row]
             if kind == "mean":
-                new = keys.float().sum(1)
-                old = torch.zeros_like(new) if fresh else here[rows]
+                new = keys.sum(1, dtype=torch.float32)
+                old = 0.0 if fresh else here[rows]
                 here[rows] = old + (new - keys.shape[1] * old) / count
             else:
                 new = keys.amin(1) if kind == "min" else keys.amax(1)

@@ -20,7 +20,7 @@ from memattn.pool.config import CODES, PoolConfig
 
 DEVICE, HOST, FILE = range(3)
 NAMES = ("device", "host", "file")
-_MAPPED_LIMIT = 16 << 20  # bytes of the file that stay mapped after use
+_MAPPED_LIMIT = 8 << 20  # bytes of the file that stay mapped after use
 _PAGES_AT_ONCE = 16  # of one copy
 
 
@@ -205,6 +205,8 @@ class Tiers:
         self.moved[source, target] += len(sources) * (b if source == DEVICE else a).page_bytes
         if target == HOST:
             self._wait_for_reads()
+        if source == FILE:
+            self.prefetch(sources.tolist())
         same_form = self.config.compress is None or DEVICE not in (source, target) or source == target
         for some, other in zip(sources.split(_PAGES_AT_ONCE), targets.split(_PAGES_AT_ONCE), strict=True):
             if same_form and self.device.type == "cpu":
