@@ -29,9 +29,12 @@ OPS = (
     "attention",
     "attention_decode",
     "rat_attention",
+    "merge_states",
     "slot_write",
     "memory_recall",
     "segment_memory",
+    "topk",
+    "knn",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

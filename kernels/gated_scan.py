@@ -242,7 +242,7 @@ def _layout(g, x, x2, initial, initial2, cu_seqlens, chunk_size):
     require("initial_state", initial, g, (wide,), (sequences, channels))
     require("initial_state2", initial2, g, (wide,), (sequences, channels))
     require("cu_seqlens", cu_seqlens, g, (torch.int32, torch.int64), (sequences + 1,))
-    chunk = chunk_size or max(length, 1)
+    chunk = min(chunk_size, length + 1) if chunk_size else max(length, 1)  # so that no sum overflows
     per_row = triton.cdiv(length, chunk) if cu_seqlens is None else length // chunk + sequences
     tile = TILES[chunk <= SHORT]
     grid = (triton.cdiv(batch * per_row, tile["ROWS"]), triton.cdiv(channels, tile["BLOCK_D"]))

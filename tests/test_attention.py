@@ -17,6 +17,7 @@ from support.attention import (
     LONG,
     SMALL,
     batch_invariance,
+    called,
     case,
     evaluate,
     finite,
@@ -40,7 +41,20 @@ TESTS = Path(__file__).parent
 NO_KERNELS = backends.why_not("attention", "cpu", backends.Request("cpu", torch.float32))
 needs_cpu_kernels = pytest.mark.skipif(NO_KERNELS != [], reason="; ".join(NO_KERNELS))
 cpu = functools.partial(attention, backend="cpu")
-ROUNDED = ("causal", "prefix", "summary", "dilated", "sink", "decay", "decay, alibi, sink", "packed", "wide", "tile")
+ROUNDED = (
+    "causal",
+    "merge",
+    "merge, sinks",
+    "prefix",
+    "summary",
+    "dilated",
+    "sink",
+    "decay",
+    "decay, alibi, sink",
+    "packed",
+    "wide",
+    "tile",
+)
 
 
 @pytest.fixture(params=["cpu", "chunked"])
@@ -134,6 +148,7 @@ GRADCHECKED = [
     case("mask", {"prefix_len": 1, "window": 3}, batch=1, queries=9, sinks=2, heads=4, key_heads=2),
     case("decay", batch=1, queries=7, decay=0.5, alibi=True, heads=2, key_heads=1),
     case("packed", {"chunk_rule": ("summary", 2)}, lengths=((5, 2), (0, 0), (3, 1))),
+    case("merge", {"window": 3}, batch=1, queries=7, sinks=0, heads=4, key_heads=2, merged=True),
 ]
 
 
@@ -144,7 +159,8 @@ def test_gradcheck(c, backend, device):
     leaves = [inputs[n].requires_grad_() for n in names]
 
     def op(*tensors):
-        o, lse = attention(**{**inputs, **dict(zip(names, tensors, strict=True))}, backend=backend)
+        given = {**inputs, **dict(zip(names, tensors, strict=True))}
+        o, lse = called(functools.partial(attention, backend=backend), given)
         return o, lse.masked_fill(lse == -torch.inf, 0.0)
 
     assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
@@ -156,7 +172,9 @@ def test_poisoned_memory(backend, device):
     """Nothing is read before it is written: fresh tensors come filled with NaN."""
     op = functools.partial(attention, backend=backend)
     cases = [
-        c for c in CASES if c.name in ("causal", "summary", "decay with offset", "packed, other keys", "many heads")
+        c
+        for c in CASES
+        if c.name in ("causal", "summary", "decay with offset", "packed, other keys", "many heads", "merge, few keys")
     ]
     expected = [evaluate(op, c.make(device=device)) for c in cases]
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -201,8 +219,9 @@ def test_nan_reaches_the_rows_that_see_it(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("relation", [batch_invariance, packed_equals_separate, parts_of_the_queries])
 def test_bits_do_not_depend_on_company(relation, dtype):
-    def rounded(**inputs):
-        return cpu(**{n: x.to(dtype) if n in FLOATS[:3] else x for n, x in inputs.items()})
+    def rounded(merge=None, **inputs):
+        merge = None if merge is None else (merge[0].to(dtype), merge[1])
+        return cpu(**{n: x.to(dtype) if n in FLOATS[:3] else x for n, x in inputs.items()}, merge=merge)
 
     relation(rounded, tolerance=0.0)
 
@@ -230,7 +249,7 @@ def test_bits_do_not_depend_on_the_thread_count(dtype):
             assert all(torch.equal(one[name], x[name]) for name in one)
 
 
-IN_EVERY_TABLE = ("prefix", "dilated", "decay", "packed window", "scale")
+IN_EVERY_TABLE = ("prefix", "merge, sinks", "dilated", "decay", "packed window", "scale")
 
 
 def table_errors():
@@ -297,11 +316,11 @@ def test_memory_does_not_grow_with_the_scores(backend, full):
 
 
 def _arguments(grad, **change):
-    inputs = {**replace(SMALL, queries=37, sinks=0, decay=0.1, mask={}).make(), **change}
+    inputs = {**replace(SMALL, queries=37, sinks=0, decay=0.1, mask={}, merged=True).make(), **change}
     tensors = [inputs[n] for n in ("q", "k", "v", "sink")] + [inputs["log_decay"].double().cumsum(1)]
-    if grad:
-        tensors = [x.requires_grad_() for x in tensors]
-    return (*tensors, None, None, 1, 20, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
+    first = [inputs["merge_lse"], inputs["merge_o"]]
+    tensors, first = ([x.requires_grad_(grad) for x in part] for part in (tensors, first))
+    return (*tensors, None, None, *first, 1, 20, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
 
 
 @needs_cpu_kernels

@@ -116,6 +116,28 @@ BAD = {
         ValueError,
         "alibi_slopes is given with chunk_rule 'summary'",
     ),
+    "merge type": (dict(merge=x(2, 6, 4, 24)), TypeError, r"merge is Tensor; expected the AttentionOutput \(o, lse\)"),
+    "merge shape": (
+        dict(merge=(x(2, 6, 2, 24), x(2, 6, 4))),
+        ValueError,
+        r"merge.o has shape \[2, 6, 2, 24\]; expected \[B, Tq, HQ, V\] = \[2, 6, 4, 24\]",
+    ),
+    "merge dtype": (
+        dict(merge=(x(2, 6, 4, 24, dtype=torch.float16), x(2, 6, 4))),
+        TypeError,
+        "merge.o is float16; expected float32 like q",
+    ),
+    "merge lse": (dict(merge=(x(2, 6, 4, 24), x(2, 6, 4, 1))), ValueError, r"merge.lse has shape \[2, 6, 4, 1\]"),
+    "merge lse dtype": (
+        dict(merge=(x(2, 6, 4, 24), x(2, 6, 4, dtype=torch.float64))),
+        TypeError,
+        "merge.lse is float64; expected float32 with float32 q",
+    ),
+    "merge device": (
+        dict(merge=(x(2, 6, 4, 24, device="meta"), x(2, 6, 4))),
+        ValueError,
+        "merge.o is on meta; expected cpu like q",
+    ),
     "head map": (dict(head_map="mqa"), ValueError, "head_map is 'mqa'; allowed: 'gqa', 'tile'"),
     "scale": (dict(scale=0.0), ValueError, "scale is 0.0; expected a finite number > 0 or None"),
     "scale type": (dict(scale="big"), ValueError, "scale is 'big'; expected a finite number > 0 or None"),
@@ -200,29 +222,39 @@ def test_c_entries_check_what_memory_needs():
     if memattn.backends.why_not("attention", "cpu", memattn.backends.Request("cpu", torch.float32)):
         pytest.skip("the C++ CPU kernels are not built here")
     settings = (1, 0, 0, 0, 0, 0, 0, 0, 0, False, 0.25)
-    packed = PACKED.make()
+    rest = (None, None, *settings)
+    packed, o = PACKED.make(), torch.zeros(2, 6, 4, 24)
     good = torch.tensor([0, 6])
     for arguments, message in (
-        ((q, k[:, :, :1], v, None, None, None, None, *settings), "k must be float32"),
-        ((q, k, v[:, :5], None, None, None, None, *settings), "v must be float32"),
-        ((q, k, v, torch.zeros(3), None, None, None, *settings), "sink must be float32"),
-        ((q, k, v, None, torch.zeros(2, 5, 4, dtype=torch.float64), None, None, *settings), "decay must be float64"),
+        ((q, k[:, :, :1], v, None, None, None, None, *rest), "k must be float32"),
+        ((q, k, v[:, :5], None, None, None, None, *rest), "v must be float32"),
+        ((q, k, v, torch.zeros(3), None, None, None, *rest), "sink must be float32"),
+        ((q, k, v, None, torch.zeros(2, 5, 4, dtype=torch.float64), None, None, *rest), "decay must be float64"),
         (
-            (q, k, v, None, torch.zeros(2, 6, 4, dtype=torch.float64), None, None, *settings[:8], 3, False, 0.25),
+            (q, k, v, None, torch.zeros(2, 6, 4, dtype=torch.float64), None, None, *rest[:10], 3, False, 0.25),
             "with decay every query needs a key",
         ),
-        ((q, k, v, None, None, None, None, 1, -4, *settings[2:]), "sizes of the mask must not be negative; got -4"),
-        ((q, k, v, None, None, None, None, 3, *settings[1:]), "causal must be 0, 1 or 2; got 3"),
+        ((q, k, v, None, None, None, None, None, o, *settings), "first scores and values must both be given"),
+        ((q, k, v, None, None, None, None, o[..., :1], o, *settings), "first scores must be float32"),
         (
-            (packed["q"], packed["k"], packed["v"], None, None, good, None, *settings),
+            (q, k, v, None, None, None, None, o[..., 0].contiguous(), o[:, :5], *settings),
+            "first values must be float32",
+        ),
+        (
+            (q, k, v, None, None, None, None, None, None, 1, -4, *settings[2:]),
+            "sizes of the mask must not be negative; got -4",
+        ),
+        ((q, k, v, None, None, None, None, None, None, 3, *settings[1:]), "causal must be 0, 1 or 2; got 3"),
+        (
+            (packed["q"], packed["k"], packed["v"], None, None, good, None, *rest),
             "cu_seqlens must be given for both",
         ),
         (
-            (packed["q"], packed["k"], packed["v"], None, None, good, torch.tensor([0, 7]), *settings),
+            (packed["q"], packed["k"], packed["v"], None, None, good, torch.tensor([0, 7]), *rest),
             "cu_seqlens must run from 0 to T = 6",
         ),
         (
-            (packed["q"], packed["k"], packed["v"], None, None, good, torch.tensor([0, 2, 6]), *settings),
+            (packed["q"], packed["k"], packed["v"], None, None, good, torch.tensor([0, 2, 6]), *rest),
             "as many sequences of k as of q",
         ),
     ):

@@ -164,7 +164,8 @@ def test_bytes_are_those_of_the_tensors(op, mode, dtype):
     case = one.small(case)
     given = one.inputs(case, mode, dtype, "cpu", 0)
     results = one.truth(mode, {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in given.items()})
-    dtypes = {"state": torch.float32, "dg": torch.float32, "dweight": torch.float32, "dbias": torch.float32}
+    wide = ("state", "dg", "dweight", "dbias", "dlse0", "dlse1", "dlse2", "dlse3")
+    dtypes = dict.fromkeys(wide, torch.float32)
     written = sum(x.numel() * dtypes.get(n, dtype).itemsize for n, x in results.items())
     read = nbytes(given.values())
     if mode == "fwdbwd":

@@ -20,7 +20,7 @@ for package in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(package)
 
 from memattn import demo  # noqa: E402
-from memattn.demo import checkpoint, compare, data, interrupt, mixers, report, results, stream, train  # noqa: E402
+from memattn.demo import checkpoint, compare, data, interrupt, mixers, options, report, results, stream, train  # noqa: E402
 from memattn.demo.checkpoint import Progress  # noqa: E402
 from memattn.demo.model import ByteModel, ModelConfig  # noqa: E402
 
@@ -362,6 +362,15 @@ def test_smoke_run_with_other_layers(tmp_path, arguments):
     saved = json.loads((tmp_path / "report.json").read_text())
     expected = {"--layer rat": ["rat", "local"], "--stack gdn:1,rat:1": ["gdn", "rat"]}
     assert saved["stopped"] is None and saved["model"]["layers"] == expected[arguments]
+
+
+@pytest.mark.parametrize("name", mixers.STACKED)
+def test_the_stream_is_shorter_where_memory_grows(name):
+    plan, layers = options.Plan(), (name, "local")
+    model = ByteModel(ModelConfig(embed_dim=32, num_heads=2, window=16, hidden_dim=64, layers=layers))
+    sizes = [compare.state_bytes(compare.prefill(model, torch.zeros(1, n, dtype=int), None)[1]) for n in (512, 1024)]
+    shorter = plan.stream_length(layers) < plan.stream_bytes
+    assert (sizes[0] < sizes[1]) == shorter == (name in mixers.GROWING)
 
 
 @pytest.mark.parametrize("name", mixers.STACKED)

@@ -70,7 +70,7 @@ def test_opcheck():
         pytest.skip("; ".join(reasons))
     args = (torch.randn(4, 3), torch.tensor([1]), torch.zeros(2, 3), torch.tensor([0]))
     assert set(torch.library.opcheck(resolve("gather_copy_cpu"), args).values()) == {"SUCCESS"}
-    with pytest.raises(RuntimeError, match="sources holds 4; allowed: 0..3"):
+    with pytest.raises(RuntimeError, match="gather_copy_cpu: sources must be in 0..3; got 4"):
         resolve("gather_copy_cpu")(args[0], torch.tensor([4]), *args[2:])
 
 

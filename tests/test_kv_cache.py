@@ -148,6 +148,28 @@ def test_growth_doubles_and_looks_at_the_device_once_each(monkeypatch):
     assert copy.length.tolist() == [2 * room + 2] * ROWS and cache.length.tolist() == [2 * room + 1] * ROWS
 
 
+def test_room_is_that_of_the_fullest_row():
+    cache, lists = KVCache.empty(LIKE, ROWS, HEADS, DIMS, max_tokens=4), [[] for _ in range(ROWS)]
+    for seed, lengths in enumerate(([4, 0, 1], [1, 1, 1])):
+        parts = tokens(cache, max(lengths), seed)
+        cache.append(*parts, lengths=torch.tensor(lengths))
+        grow_lists(lists, parts, lengths)
+        assert_holds(cache, lists)
+
+
+def test_a_copy_forgets_what_room_there_was():
+    cache, full = (KVCache.empty(LIKE, ROWS, HEADS, DIMS, max_tokens=4) for _ in range(2))
+    lists = [[] for _ in range(ROWS)]
+    for seed, to, count in ((0, cache, 1), (1, full, 4), (2, cache, 1)):
+        parts = tokens(to, count, seed)
+        to.append(*parts)
+        if to is full:
+            cache.copy_(full)
+        if seed:
+            grow_lists(lists, parts)
+    assert_holds(cache, lists)
+
+
 def test_a_compiled_append_drops_what_has_no_slot():
     torch._dynamo.reset()
     cache = KVCache.empty(LIKE, ROWS, HEADS, DIMS, max_tokens=2)

@@ -20,6 +20,7 @@ from support.pool import (
 from support.pool_planted import BUGS, plant
 
 from memattn import KVPool, _native
+from memattn.ops import sparse_attention
 from memattn.pool import PoolFull
 from memattn.pool.codec import decode, encode
 
@@ -106,6 +107,41 @@ def test_attention_over_gathered_pages_is_attention_over_their_tokens(tmp_path):
     assert torch.equal(got.v.flatten(0, 1)[flat.long()], v[0, alive])
 
 
+@pytest.mark.parametrize("compress", [None, "int8"])
+def test_sparse_attention_reads_what_was_gathered(compress, tmp_path):
+    """By blocks where the last one is partial, and by tokens after a deletion: as over the contiguous tokens."""
+    pool = KVPool(1, 2, 16, batch=2, page_size=16, device_bytes=12 << 12, folder=tmp_path, compress=compress)
+    k, v = torch.randn(2, 2, 200, 2, 16)
+    pool.append(0, k, v)
+    k, v = (torch.stack([pool.read(0, row=b)[i] for b in range(2)]) for i in (0, 1))
+    q, position = torch.randn(2, 1, 4, 16), torch.full((2, 1), 199)
+    pages = torch.tensor([[[[0, 12, 3], [5, 0, -1]]], [[[1, 2, 12], [12, 7, 4]]]]).int()  # [B, S, HKV, n]
+    got = pool.gather(0, pages)
+    expected = sparse_attention(q, k, v, pages, unit=16, q_positions=position)
+    paged = sparse_attention(
+        q, got.k, got.v, pages, unit=16, q_positions=position, page_table=got.page_table
+    )  # fmt: skip
+    torch.testing.assert_close(paged, expected)
+    tokens, counts = got.token_indices()
+    listed = sparse_attention(q, got.k, got.v, tokens, counts=counts, page_table=got.page_table)
+    torch.testing.assert_close(listed, expected)
+    for b in range(2):
+        pool.delete(0, torch.tensor([3, 197]), row=b)
+    bias = torch.zeros(2, 1, 1, 200).index_fill_(3, torch.tensor([3, 197]), -torch.inf)
+    everything = torch.arange(200).int().expand(2, 1, 1, 200)
+    for b in range(2):
+        one = pages[b].flatten().unique()
+        one = one[one >= 0].int()[None, None, None]
+        got = pool.gather(0, torch.stack([one[0, 0, 0]] * 2))
+        tokens, counts = (x[:1, None, None] for x in got.token_indices())
+        hidden = bias[:1].masked_fill(~torch.isin(everything[:1] // 16, one), -torch.inf)
+        expected = sparse_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], everything[:1], bias=hidden)
+        listed = sparse_attention(
+            q[b : b + 1], got.k, got.v, tokens, counts=counts, page_table=got.page_table[b : b + 1]
+        )
+        torch.testing.assert_close(listed, expected)
+
+
 def test_gather_by_tokens_and_by_lists_per_head(tmp_path):
     pool, k, _ = filled(30, device_pages=6, folder=tmp_path)
     indices = torch.tensor([[[3, 9, -1]], [[29, 8, 3]]])  # [B, 1, n] tokens
@@ -128,6 +164,19 @@ def test_hits_and_misses(tmp_path):
     assert moved == 3 * DEVICE_PAGE
     pool.prefetch(0, torch.tensor([[5], [5]]))
     assert_gathered(pool, 0, torch.tensor([[5], [5]]))
+
+
+def test_the_coldest_pages_lie_deepest(tmp_path):
+    pool = make_pool(folder=tmp_path, device_pages=2, host_pages=3)
+    for _ in range(10):
+        pool.append(0, *rows(BATCH, PAGE))  # one page per row
+    where = [(pool._pages.page_table(0, tier) >= 0).nonzero()[:, 0].tolist() for tier in (0, 1, 2)]
+    assert where == [[9], [8], list(range(8))]
+    pool.gather(0, torch.tensor([[8], [-1]]))
+    assert pool.traffic()["host to device"] == DEVICE_PAGE and pool.traffic()["host to file"] >= 15 * DEVICE_PAGE
+    for page in (7, 9, 5, 9, 6):  # 9 was used last, so 5 leaves for 6
+        pool.gather(0, torch.tensor([[page], [-1]]))
+    assert [p for p in range(10) if pool._pages.page_table(0)[p] >= 0] == [6, 9]
 
 
 def test_pinned_pages_stay(tmp_path):

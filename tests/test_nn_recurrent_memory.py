@@ -115,6 +115,26 @@ def test_gradients_join_the_last_segments_only(depth):
     assert x.grad.abs().view(5, -1).sum(1).gt(0).all()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gradients_join_the_last_segments_of_every_row(depth):
+    """With a state, too, and where rows stand elsewhere in their segments and are padded."""
+    torch.manual_seed(0)
+    layer = RecurrentMemory(delta(), EMBED, 3, segment_size=SEGMENT, bptt_depth=depth)
+    began, lengths = [0, 3, SEGMENT - 1], [3 * SEGMENT, 2 * SEGMENT, SEGMENT + 1]
+    past, present = torch.arange(SEGMENT), torch.arange(3 * SEGMENT)
+    with torch.no_grad():
+        _, state = layer(draw(3, SEGMENT, EMBED), attention_mask=past < torch.tensor(began)[:, None], return_state=True)
+    x = draw(3, 3 * SEGMENT, EMBED, seed=2).requires_grad_()
+    mask = present < torch.tensor(lengths)[:, None]
+    y, after = layer(x, state, attention_mask=mask, return_state=True)
+    for row, (before, count) in enumerate(zip(began, lengths, strict=True)):
+        (dx,) = torch.autograd.grad(y[row, count - 1].sum(), x, retain_graph=True)
+        last = (before + count - 1) // SEGMENT  # number of the last segment
+        first = max((last - depth + 1) * SEGMENT - before, 0)
+        assert dx[row].any(1).tolist() == [first <= t < count for t in range(3 * SEGMENT)], row
+    assert after.memory[0].requires_grad and torch.autograd.grad(after.memory[0].sum(), x)[0].any()
+
+
 def test_jitter_draws_segment_lengths_in_training_only():
     torch.manual_seed(0)
     layer = SummaryTokens(delta(), EMBED, 2, segment_size=10, segment_jitter=0.2, max_segments=3)

@@ -8,7 +8,7 @@ import torch
 from support.cases import BASE
 from support.compare import evaluate
 
-from memattn import backends
+from memattn import _native, backends
 from memattn.ops import gated_delta_rule, gated_delta_rule_step
 from memattn.ops._library import resolve
 
@@ -86,6 +86,15 @@ def test_compiled_step_mutates_the_state():
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(state, expected_state)
     assert not torch.equal(state, inputs["initial_state"])
+
+
+def test_the_first_call_of_all_may_be_compiled(monkeypatch):
+    """Kernels for another device are not loaded to find that they are for another device."""
+    monkeypatch.delitem(_native._reasons, "_C_cuda", raising=False)
+    torch._dynamo.reset()
+    inputs = replace(CASE, batch=2, length=1).make()
+    part = {n: inputs[n] for n in ("q", "k", "v", "g", "beta")}
+    torch.compile(gated_delta_rule_step, fullgraph=True, backend="aot_eager")(**part, state=inputs["initial_state"])
 
 
 def test_activation_checkpointing():

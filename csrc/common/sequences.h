@@ -7,6 +7,9 @@
 
 namespace memattn {
 
+// No position lies beyond it, and no setting that counts tokens is larger, so that sums of both do not overflow.
+inline constexpr int64_t kFarthest = int64_t{1} << 48;
+
 class SequenceLayout {
  public:
   SequenceLayout() = default;

@@ -2,8 +2,9 @@
 //
 // A task is a tile of queries of all heads that read one key head. It passes over the tiles of keys that any of its
 // rows sees, each loaded once for the whole group, with the running maximum and sum of an online softmax per row; a
-// sink, or a first score and value, is where that starts. Only rows that see a tile take part in its products.
+// sink, a first score and value, or both, is where that starts. Only rows that see a tile take part in its products.
 #include "attention_forward.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -72,12 +73,18 @@ class Forward {
   }
 
   void begin_with_first(QueryRows<E>& head, int64_t token, int64_t h, int rows) const {
+    constexpr Acc nothing = -std::numeric_limits<Acc>::infinity();
+    const Acc sink = a_.sink_of<Acc>(h);
     load_head(isa_, head.out, s_.ld_value, s_.queries, s_.value_dim, a_.first_values, a_.element, token, a_.heads, h,
               rows, a_.value_dim);
     for (int i = 0; i < rows; ++i) {
-      head.most[i] = static_cast<const Acc*>(a_.first_scores)[(token + i) * a_.heads + h];
-      head.sum[i] = Acc(head.most[i] != -std::numeric_limits<Acc>::infinity());
+      const Acc first = static_cast<const Acc*>(a_.first_scores)[(token + i) * a_.heads + h];
+      head.most[i] = std::max(first, sink);
+      head.sum[i] = head.most[i] == nothing ? Acc(0) : std::exp(first - head.most[i]);
     }
+    if (sink == nothing) return;
+    isa_.scale_rows(head.out, s_.ld_value, head.sum, s_.queries, s_.value_dim);
+    for (int i = 0; i < rows; ++i) head.sum[i] += std::exp(sink - head.most[i]);
   }
 
   const Attention& a_;
@@ -88,16 +95,18 @@ class Forward {
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sink,
                                      std::optional<Tensor> decay, std::optional<Tensor> cu_seqlens_q,
-                                     std::optional<Tensor> cu_seqlens_k, int64_t causal, int64_t window,
+                                     std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> first_scores,
+                                     std::optional<Tensor> first_values, int64_t causal, int64_t window,
                                      int64_t prefix_len, int64_t block_size, int64_t summary, int64_t dilation,
                                      int64_t dilated_window, int64_t dilated_prefix, int64_t q_offset, bool tile_heads,
                                      double scale) {
-  const Attention a = read_arguments(kOp, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k,
+  Attention a = read_arguments(kOp, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k,
                                      {causal, window, prefix_len, block_size, summary, dilation, dilated_window,
                                       dilated_prefix, q_offset, tile_heads, scale});
+  begin_with(kOp, a, q, v, first_scores, first_values);
   const std::vector<int64_t> rows{q.size(0), q.size(1), q.size(2)};
-  Tensor o = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, rows, state_dtype(q.scalar_type()));
+  Tensor o = empty_result(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  Tensor lse = empty_result(q, rows, state_dtype(q.scalar_type()));
   attend(a, q.scalar_type(), o.mutable_data_ptr(), lse.mutable_data_ptr());
   return {o, lse};
 }
@@ -133,6 +142,7 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                        s.q_offset == kAtTheEnd ? 0 : s.q_offset}) {
     if (size < 0) fail(op, "sizes of the mask must not be negative; got ", size);
   }
+  if (s.q_offset > kFarthest) fail(op, "q_offset must be at most 2^48; got ", s.q_offset);
   if (s.causal < 0 || s.causal > 2) fail(op, "causal must be 0, 1 or 2; got ", s.causal);
   if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value()) {
     fail(op, "cu_seqlens must be given for both or none of q, k");
@@ -159,8 +169,9 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
            " queries from ", s.q_offset, " and ", a.keys.length(n), " keys");
     }
   }
-  a.mask = {static_cast<Causal>(s.causal), s.window,   s.prefix_len,     s.block_size,
-            s.summary,                     s.dilation, s.dilated_window, s.dilated_prefix, s.q_offset};
+  const auto size = [](int64_t tokens) { return std::min(tokens, 2 * kFarthest); };  // beyond every distance
+  a.mask = {static_cast<Causal>(s.causal), size(s.window),         size(s.prefix_len),     size(s.block_size), size(s.summary),
+            size(s.dilation),              size(s.dilated_window), size(s.dilated_prefix), s.q_offset};
   a.heads = heads;
   a.key_heads = key_heads;
   a.key_dim = static_cast<int>(key_dim);
@@ -174,6 +185,18 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   a.tile_heads = s.tile_heads;
   a.scale = s.scale;
   return a;
+}
+
+void begin_with(const char* op, Attention& a, const Tensor& q, const Tensor& v, const std::optional<Tensor>& scores,
+                const std::optional<Tensor>& values) {
+  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2);
+  if (scores.has_value() != values.has_value()) {
+    fail(op, "first scores and values must both be given or both be left out");
+  }
+  check_tensor(op, "first scores", scores, {state_dtype(q.scalar_type())}, {batch, length, heads});
+  check_tensor(op, "first values", values, {q.scalar_type()}, {batch, length, heads, v.size(3)});
+  a.first_scores = scores ? scores->const_data_ptr() : nullptr;
+  a.first_values = values ? values->const_data_ptr() : nullptr;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memattn, CPU, m) { m.impl("attention_cpu", TORCH_BOX(&attention)); }

@@ -62,6 +62,10 @@ Attention read_arguments(const char* op, const Tensor& q, const Tensor& k, const
                          const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const AttentionSettings& settings);
 
+// Has every row's softmax begin with a score [B, Tq, HQ] and a value [B, Tq, HQ, V]: both given or both left out.
+void begin_with(const char* op, Attention& a, const Tensor& q, const Tensor& v, const std::optional<Tensor>& scores,
+                const std::optional<Tensor>& values);
+
 // o [query tokens, heads, value_dim] and lse [query tokens, heads] of a call with tensors of `type`.
 void attend(const Attention& a, ScalarType type, void* o, void* lse);
 
@@ -71,6 +75,7 @@ struct AttentionGradients {
   const void *lse, *d_lse;     // [tokens, heads] in the accumulate type; d_lse may be null
   void *dq, *dk, *dv;          // like q, k, v
   double* ddecay;              // like decay, or null
+  void *d_first_scores = nullptr, *d_first_values = nullptr;  // where the softmax begins with such
 };
 
 // The gradients of a call with tensors of `type`.

@@ -3,11 +3,14 @@
 //   dS_ij = P_ij (dO_i·v_j - Δ_i)   Δ_i = dO_i·O_i - dℓ_i   dV = Pᵀ dO   dK = scale dSᵀ Q   dQ = scale dS K
 //   dc_i = Σ_j dS_ij - Σ_i' dS_i'i  dsink = -Σ_i e^{sink - ℓ_i} Δ_i
 //
+// and of a first score f_i and value u_i of row i, with w_i = e^{f_i - ℓ_i}:  du_i = w_i dO_i   df_i = w_i (dO_i·u_i - Δ_i)
+//
 // An item is one key head of one sequence with the query heads that read it. Its tiles of keys are visited in order, and
 // each adds up what the tiles of queries that see it give: no two tasks write the same sum. Where there are fewer items
 // than threads, dK and dV are made in parallel over the keys and dQ in parallel over the queries, each score computed
 // twice; every sum has the same order in both, hence the same bits.
 #include "attention.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -67,7 +70,7 @@ struct BackwardTemporaries {
   Acc *p, *ds;                                // [kRows, kKeys]
   E *p_operand, *ds_operand, *ds_left;        // the same where E is not Acc
   Acc *rows, *out;                            // [kRows, K or V]
-  Acc *ones, *scales, *part;                  // [kRows]
+  Acc *ones, *scales, *part, *weight;         // [kRows]
 
   BackwardTemporaries(Arena& arena, const Attention& a, const AttentionSizes& s)
       : keys(arena, a, s),
@@ -84,7 +87,8 @@ struct BackwardTemporaries {
         out(arena.take<Acc>(int64_t{kRows} * s.ld_value)),
         ones(arena.take<Acc>(kRows)),
         scales(arena.take<Acc>(kRows)),
-        part(arena.take<Acc>(kRows)) {}
+        part(arena.take<Acc>(kRows)),
+        weight(arena.take<Acc>(kRows)) {}
 };
 
 template <class E>
@@ -217,12 +221,28 @@ class Backward {
           head.delta[first + i] -= static_cast<const Acc*>(g_.d_lse)[at];
         }
       }
+      if (a_.first_scores) differentiate_first(head, first, token, h, rows, t);
       std::fill(head.dq + first * s_.ld_key, head.dq + (first + kRows) * s_.ld_key, Acc(0));
       if (!a_.decay) continue;
       std::fill(head.row_sums + first, head.row_sums + first + kRows, Acc(0));
       const int64_t at = a_.keys.start(item.sequence) + first + a_.offset(item.sequence);
       load_decay(head.high + first, head.low + first, a_, at, h, rows, kRows);
     }
+  }
+
+  // The gradients of first scores and values; t.rows holds dO.
+  void differentiate_first(const HeadRows<E>& head, int64_t first, int64_t token, int64_t h, int rows,
+                           BackwardTemporaries<E>& t) const {
+    load_head(isa_, t.out, s_.ld_value, kRows, s_.value_dim, a_.first_values, a_.element, token, a_.heads, h, rows,
+              a_.value_dim);
+    isa_.dot_rows(t.part, t.rows, s_.ld_value, t.out, s_.ld_value, kRows, s_.value_dim);
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = (token + i) * a_.heads + h;
+      t.weight[i] = std::exp(static_cast<const Acc*>(a_.first_scores)[at] - head.lse[first + i]);
+      static_cast<Acc*>(g_.d_first_scores)[at] = t.weight[i] * (t.part[i] - head.delta[first + i]);
+    }
+    isa_.store_rows(offset(g_.d_first_values, a_.element, (token * a_.heads + h) * a_.value_dim), a_.element,
+                    a_.heads * a_.value_dim, t.rows, s_.ld_value, t.weight, rows, a_.value_dim);
   }
 
   // One tile of keys with the rows first..last that see it.
@@ -321,15 +341,17 @@ class Backward {
   std::vector<double> sinks_;            // [sequences, heads]
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor d_o, std::optional<Tensor> d_lse, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
     std::optional<Tensor> sink, std::optional<Tensor> decay, std::optional<Tensor> cu_seqlens_q,
-    std::optional<Tensor> cu_seqlens_k, int64_t causal, int64_t window, int64_t prefix_len, int64_t block_size,
+    std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> first_scores, std::optional<Tensor> first_values,
+    int64_t causal, int64_t window, int64_t prefix_len, int64_t block_size,
     int64_t summary, int64_t dilation, int64_t dilated_window, int64_t dilated_prefix, int64_t q_offset,
     bool tile_heads, double scale) {
-  const Attention a = read_arguments(kOp, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k,
+  Attention a = read_arguments(kOp, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k,
                                      {causal, window, prefix_len, block_size, summary, dilation, dilated_window,
                                       dilated_prefix, q_offset, tile_heads, scale});
+  begin_with(kOp, a, q, v, first_scores, first_values);
   const ScalarType type = q.scalar_type(), sums = state_dtype(type);
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), value_dim = v.size(3);
   check_tensor(kOp, "do", d_o, {type}, {batch, length, heads, value_dim});
@@ -337,9 +359,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_tensor(kOp, "lse", lse, {sums}, {batch, length, heads});
   check_tensor(kOp, "dlse", d_lse, {sums}, {batch, length, heads});
 
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  Tensor dsink = sink ? torch::stable::empty_like(*sink) : torch::stable::new_empty(q, {0}, sums);
-  Tensor ddecay = decay ? torch::stable::empty_like(*decay) : torch::stable::new_empty(q, {0}, sums);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
+  const auto like = [&](const std::optional<Tensor>& x) {
+    return x ? result_like(*x) : empty_result(q, {0}, sums);
+  };
+  Tensor dsink = like(sink), ddecay = like(decay);
+  Tensor d_first_scores = like(first_scores), d_first_values = like(first_values);
   const AttentionGradients g{o.const_data_ptr(),
                     d_o.const_data_ptr(),
                     lse.const_data_ptr(),
@@ -347,9 +372,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                     dq.mutable_data_ptr(),
                     dk.mutable_data_ptr(),
                     dv.mutable_data_ptr(),
-                    decay ? ddecay.mutable_data_ptr<double>() : nullptr};
+                    decay ? ddecay.mutable_data_ptr<double>() : nullptr,
+                    d_first_scores.mutable_data_ptr(),
+                    d_first_values.mutable_data_ptr()};
   differentiate(a, type, g, sink ? dsink.mutable_data_ptr() : nullptr);
-  return {dq, dk, dv, dsink, ddecay};
+  return {dq, dk, dv, dsink, ddecay, d_first_scores, d_first_values};
 }
 
 }  // namespace

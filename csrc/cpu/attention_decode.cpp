@@ -4,9 +4,11 @@
 // traffic is what bounds the step. Every task leaves its maximum, sum and unnormalised output per query row; a row's
 // parts are then merged in ascending order. Spans and tiles begin at multiples of their sizes in positions, so bits
 // depend neither on the thread count nor on how the cache is laid out.
+#include "../common/sequences.h"
 #include "attention_mask.h"
 #include "blocks.h"
 #include "parallel.h"
+#include "results.h"
 
 #include <cmath>
 #include <limits>
@@ -20,7 +22,6 @@ constexpr int kKeys = 64;         // of a tile
 constexpr int64_t kSpan = 512;    // keys of a task
 constexpr int64_t kQueries = 8;   // tokens of a task
 constexpr int64_t kBytesWorthAThread = 256 << 10;
-constexpr int64_t kFarthest = int64_t{1} << 48;  // position
 
 // Where the keys are: position -> slot (ring) -> row of the flattened cache (pages).
 struct CacheLayout {
@@ -362,8 +363,9 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   if (ring_start < -1 || (ring_start > 0 && ring_start >= d.cache.capacity)) {
     fail(kOp, "ring_start must be -1 (no ring) or a slot of the ", d.cache.capacity, "; got ", ring_start);
   }
-  d.mask = {static_cast<Causal>(causal), window,         prefix_len,     block_size, 0, dilation,
-            dilated_window,              dilated_prefix, /*q_offset=*/0};
+  const auto of_mask = [](int64_t tokens) { return std::min(tokens, 2 * kFarthest); };  // beyond every distance
+  d.mask = {static_cast<Causal>(causal), of_mask(window),         of_mask(prefix_len),     of_mask(block_size), 0,
+            of_mask(dilation),           of_mask(dilated_window), of_mask(dilated_prefix), /*q_offset=*/0};
   d.batch = batch;
   d.tokens = q.size(1);
   d.heads = heads;
@@ -385,8 +387,8 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   d.tile_heads = tile_heads;
   d.scale = scale;
 
-  Tensor o = torch::stable::new_empty(q, {batch, d.tokens, heads, value_dim});
-  Tensor lse = torch::stable::new_empty(q, {batch, d.tokens, heads}, sums);
+  Tensor o = empty_result(q, {batch, d.tokens, heads, value_dim});
+  Tensor lse = empty_result(q, {batch, d.tokens, heads}, sums);
   with_primitives(type, [&](const auto& isa) {
     DecodeKernel(d, isa, o.mutable_data_ptr(), lse.mutable_data_ptr()).run(torch::stable::get_num_threads());
   });

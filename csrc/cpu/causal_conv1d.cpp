@@ -11,10 +11,13 @@
 #include "../common/checks.h"
 #include "dispatch.h"
 #include "isa/conv_rows.h"
+#include "results.h"
 
 namespace memattn::conv {
 namespace {
 
+using cpu::empty_result;
+using cpu::result_like;
 using rows::accumulate_type;
 using rows::dispatch;
 using rows::load;
@@ -386,10 +389,6 @@ std::vector<int64_t> read_bounds(const char* op, const Tensor& x, const std::opt
   return bounds;
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
-
 std::tuple<Tensor, Tensor> causal_conv1d_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& initial_state,
                                              const std::optional<Tensor>& cu_seqlens, bool silu, bool output_final_state) {
@@ -400,8 +399,9 @@ std::tuple<Tensor, Tensor> causal_conv1d_cpu(const Tensor& x, const Tensor& weig
   const ScalarType state_type = accumulate_type(x.scalar_type());
   check_tensor(op, "initial_state", initial_state, {state_type}, {sequences, channels, slots});
 
-  Tensor y = torch::stable::empty_like(x);
-  Tensor final_state = output_final_state ? empty(x, {sequences, channels, slots}, state_type) : empty(x, {0}, state_type);
+  Tensor y = result_like(x);
+  Tensor final_state = output_final_state ? empty_result(x, {sequences, channels, slots}, state_type)
+                                         : empty_result(x, {0}, state_type);
   dispatch(x.scalar_type(), [&]<class A, class S>(A, S) {
     const auto call = make_call<A, S>(x, weight, bias, initial_state, std::move(bounds), silu);
     A* final_data = output_final_state ? static_cast<A*>(final_state.mutable_data_ptr()) : nullptr;
@@ -423,10 +423,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_cpu_backward(
   check_tensor(op, "initial_state", initial_state, {state_type}, {sequences, channels, slots});
   check_tensor(op, "dfinal_state", dfinal_state, {state_type}, {sequences, channels, slots});
 
-  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
-  Tensor dbias = bias ? torch::stable::empty_like(*bias) : empty(x, {0}, weight.scalar_type());
-  Tensor dstate = initial_state ? torch::stable::empty_like(*initial_state) : empty(x, {0}, state_type);
-  Tensor partial = empty(x, {blocks(x.size(0) * x.size(1), kTokens), weight.size(1) + 1, channels}, state_type);
+  Tensor dx = result_like(x), dweight = result_like(weight);
+  Tensor dbias = bias ? result_like(*bias) : empty_result(x, {0}, weight.scalar_type());
+  Tensor dstate = initial_state ? result_like(*initial_state) : empty_result(x, {0}, state_type);
+  Tensor partial = empty_result(x, {blocks(x.size(0) * x.size(1), kTokens), weight.size(1) + 1, channels}, state_type);
   dispatch(x.scalar_type(), [&]<class A, class S>(A, S) {
     const auto call = make_call<A, S>(x, weight, bias, initial_state, std::move(bounds), silu);
     const Gradients<A, S> grad{
@@ -448,7 +448,7 @@ Tensor causal_conv1d_step_cpu(const Tensor& x, const Tensor& weight, const std::
   check_tensor(op, "state", state, {accumulate_type(x.scalar_type())}, {pool, x.size(2), weight.size(1) - 1});
   check_tensor(op, "state_indices", state_indices, {ScalarType::Int, ScalarType::Long}, {x.size(0)});
 
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = result_like(x);
   const std::vector<int64_t> rows = state_indices ? read_indices(*state_indices) : std::vector<int64_t>();
   dispatch(x.scalar_type(), [&]<class A, class S>(A, S) { step<A, S>(x, weight, bias, state, rows, silu, y); });
   return y;

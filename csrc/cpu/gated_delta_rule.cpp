@@ -9,6 +9,7 @@
 // Only differences of G are exponentiated, after masking; T is always computed in the accumulate type. Linear attention
 // is the same without K S0, L and T: Vn = V.
 #include "gated_delta_rule_items.h"
+#include "results.h"
 
 namespace memattn::cpu {
 namespace {
@@ -291,8 +292,8 @@ std::pair<Tensor, Tensor> empty_outputs(const DeltaRule& rule, const Tensor& v) 
   const ScalarType state = state_dtype(v.scalar_type());
   const std::vector<int64_t> rows{v.size(0), v.size(1), v.size(2)}, none{0};
   const std::vector<int64_t> all{v.size(0), v.size(1), v.size(2), v.size(3)};
-  return {torch::stable::new_empty(v, all, rule.memory == Memory::sum_and_weight ? state : v.scalar_type()),
-          torch::stable::new_empty(v, rule.weighs() ? rows : none, state)};
+  return {empty_result(v, all, rule.memory == Memory::sum_and_weight ? state : v.scalar_type()),
+          empty_result(v, rule.weighs() ? rows : none, state)};
 }
 
 ForwardResults run_forward(const DeltaRule& rule, const Tensor& q, const Tensor& v, bool output_final_state, bool save) {
@@ -301,8 +302,8 @@ ForwardResults run_forward(const DeltaRule& rule, const Tensor& q, const Tensor&
   const auto state_tensor = [&](bool wanted, std::initializer_list<int64_t> shape) {
     const std::vector<int64_t> sizes = wanted ? std::vector<int64_t>(shape) : std::vector<int64_t>{0};
     const bool zero = wanted && sequences.has_unused_slots();
-    return zero ? torch::stable::new_zeros(q, sizes, state_dtype(q.scalar_type()))
-                : torch::stable::new_empty(q, sizes, state_dtype(q.scalar_type()));
+    return zero ? zero_result(q, sizes, state_dtype(q.scalar_type()))
+                : empty_result(q, sizes, state_dtype(q.scalar_type()));
   };
   const bool save_solve = save && rule.erases();
   auto [o, denominator] = empty_outputs(rule, v);
@@ -361,7 +362,7 @@ DeltaRule read_arguments(const char* op, const Tensor& q, const Tensor& k, const
   rule.scale = scale;
   rule.qk_l2norm = qk_l2norm;
   rule.chunk_size = static_cast<int>(chunk_size);
-  rule.checkpoint_every = checkpoint_every;
+  rule.checkpoint_every = std::min(checkpoint_every, kFarthest);
   rule.output_element = memory == Memory::sum_and_weight ? element_of(state) : rule.element;
   check_tensor(op, "initial_state", initial_state, {state},
                {rule.sequences.count(), value_heads, key_dim, rule.columns()});

@@ -16,6 +16,7 @@
 // dV = dVn, and dX, dR, M2, N2, E and dβ do not exist.
 #include "gated_delta_rule_blocks.h"
 #include "gated_delta_rule_items.h"
+#include "results.h"
 
 #include <cstring>
 
@@ -531,9 +532,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
   check_tensor(op, "states", given.states, {state}, {sequences.slots(c * rule.checkpoint_every), hv, key_dim, columns});
 
   const auto gradient_of = [&](const std::optional<Tensor>& x) {
-    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, state);
+    return x ? result_like(*x) : empty_result(q, {0}, state);
   };
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
   Tensor dg = gradient_of(g), dbeta = gradient_of(beta), dinitial = gradient_of(initial_state);
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
   const auto read = [](const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; };

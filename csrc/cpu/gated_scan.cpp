@@ -105,13 +105,13 @@ Tensors6 gated_scan_cpu(const Tensor& g, const Tensor& x, const MaybeTensor& x2,
   constexpr const char* op = "gated_scan_cpu";
   const Arguments a = read_arguments(op, g, x, x2, initial_state, initial_state2, cu_seqlens, ema, chunk_size);
   if (emit_ends && chunk_size == 0) fail(op, "emit_ends needs a chunk_size; got 0 (none)");
-  const int64_t batch = a.batch(), channels = a.channels(), slots = emit_ends ? a.sequences.slots(chunk_size) : 0;
+  const int64_t batch = a.batch(), channels = a.channels(), slots = emit_ends ? a.sequences.slots(a.chunk) : 0;
   const int64_t per_row = batch ? slots / batch : 0;
   Tensor y[kPayloads], ends[kPayloads], final[kPayloads];
   for (int p = 0; p < kPayloads; ++p) {
     const auto tensor = [&](bool wanted, std::initializer_list<int64_t> shape, ScalarType dtype, bool zero) {
       if (!wanted || !a.has(p)) return a.empty(dtype);
-      return zero ? torch::stable::new_zeros(g, shape, dtype) : torch::stable::new_empty(g, shape, dtype);
+      return zero ? zero_result(g, shape, dtype) : empty_result(g, shape, dtype);
     };
     y[p] = tensor(emit_all, {batch, g.size(1), channels}, a.type(), false);
     ends[p] = tensor(emit_ends, {batch, per_row, channels}, a.type(), a.sequences.has_unused_slots());
@@ -165,7 +165,7 @@ Tensor gated_scan_step_cpu(const Tensor& g, const Tensor& x, const Tensor& state
   check_tensor(op, "state", state, {g.scalar_type()}, {state_indices ? kAnySize : a.batch(), a.channels()});
   check_tensor(op, "restart", restart, {ScalarType::Bool}, {a.batch()});
   check_tensor(op, "state_indices", state_indices, {ScalarType::Int, ScalarType::Long}, {a.batch()});
-  Tensor y = torch::stable::new_empty(g, {a.batch(), g.size(1), a.channels()}, a.type());
+  Tensor y = empty_result(g, {a.batch(), g.size(1), a.channels()}, a.type());
   const std::vector<int64_t> indices = state_indices ? read_indices(*state_indices) : std::vector<int64_t>();
   rows::dispatch(a.type(), [&]<class A, class S>(A, S) {
     step(make_scan<A, S>(a), a.batch(), static_cast<A*>(state.mutable_data_ptr()), state.size(0), indices,

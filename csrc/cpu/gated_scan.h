@@ -14,10 +14,14 @@
 #include "dispatch.h"
 #include "isa/scan_rows.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace memattn::scan {
 
 using cpu::Arena;
+using cpu::empty_result;
+using cpu::result_like;
+using cpu::zero_result;
 using rows::accumulate_type;
 
 inline constexpr int64_t kNarrowest = 64;          // channels of a task, at least
@@ -171,7 +175,7 @@ struct Arguments {
   int64_t batch() const { return g.size(0); }
   int64_t channels() const { return g.size(2); }
   bool has(int p) const { return x[static_cast<size_t>(p)].has_value(); }
-  Tensor empty(ScalarType dtype) const { return torch::stable::new_empty(g, {0}, dtype); }
+  Tensor empty(ScalarType dtype) const { return empty_result(g, {0}, dtype); }
 };
 
 inline void check_payload(const char* op, const char* name, const Tensor& x, const Tensor& g, ScalarType type) {
@@ -195,7 +199,7 @@ inline Arguments read_arguments(const char* op, const Tensor& g, const Tensor& x
                                         : SequenceLayout::batch(g.size(0), g.size(1));
   check_tensor(op, "initial_state", initial, {wide}, {sequences.count(), g.size(2)});
   check_tensor(op, "initial_state2", initial2, {wide}, {sequences.count(), g.size(2)});
-  return {op, g, {x, x2}, {initial, initial2}, std::move(sequences), ema, chunk};
+  return {op, g, {x, x2}, {initial, initial2}, std::move(sequences), ema, std::min(chunk, kFarthest)};
 }
 
 template <class A, class S>

@@ -224,17 +224,17 @@ Tensors5 gated_scan_cpu_backward(const MaybeTensor& dy, const MaybeTensor& dy2, 
   const Arguments a = read_arguments(op, g, x, x2, initial_state, initial_state2, cu_seqlens, ema, chunk_size);
   if ((dends || dends2) && chunk_size == 0) fail(op, "dends needs a chunk_size; got 0 (none)");
   const int64_t batch = a.batch(), channels = a.channels(), count = a.sequences.count();
-  const int64_t slots = chunk_size && batch ? a.sequences.slots(chunk_size) / batch : 0;
+  const int64_t slots = a.chunk && batch ? a.sequences.slots(a.chunk) / batch : 0;
   const MaybeTensor given[3][kPayloads] = {{dy, dy2}, {dends, dends2}, {dfinal, dfinal2}};
   for (int p = 0; p < kPayloads; ++p) {
     check_tensor(op, p ? "dy2" : "dy", given[0][p], {a.type()}, {batch, g.size(1), channels});
     check_tensor(op, p ? "dends2" : "dends", given[1][p], {a.type()}, {batch, slots, channels});
     check_tensor(op, p ? "dfinal_state2" : "dfinal_state", given[2][p], {g.scalar_type()}, {count, channels});
   }
-  Tensor dg = torch::stable::empty_like(g), dx[kPayloads], dinitial[kPayloads];
+  Tensor dg = result_like(g), dx[kPayloads], dinitial[kPayloads];
   for (int p = 0; p < kPayloads; ++p) {
-    dx[p] = a.has(p) ? torch::stable::empty_like(*a.x[p]) : a.empty(a.type());
-    dinitial[p] = a.initial[p] ? torch::stable::empty_like(*a.initial[p]) : a.empty(g.scalar_type());
+    dx[p] = a.has(p) ? result_like(*a.x[p]) : a.empty(a.type());
+    dinitial[p] = a.initial[p] ? result_like(*a.initial[p]) : a.empty(g.scalar_type());
   }
   rows::dispatch(a.type(), [&]<class A, class S>(A, S) {
     std::array<Cotangents<A, S>, kPayloads> cotangents{};

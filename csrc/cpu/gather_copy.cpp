@@ -8,7 +8,7 @@
 namespace memattn::cpu {
 namespace {
 
-constexpr const char* kOp = "gather_copy";
+constexpr const char* kOp = "gather_copy_cpu";
 constexpr int64_t kBytesPerTask = int64_t{1} << 16;
 
 struct Rows {
@@ -19,7 +19,7 @@ struct Rows {
 // Rows along the first dimension; each must be one run of memory, the first stride is free.
 Rows rows_of(const char* name, const Tensor& x) {
   if (!x.is_cpu()) fail(kOp, name, " must be on cpu; got ", describe(x));
-  if (x.dim() < 1) fail(kOp, name, " must have at least one dimension");
+  if (x.dim() < 1) fail(kOp, name, " must have at least one dimension; got ", describe(x));
   int64_t run = 1;
   for (int64_t d = x.dim() - 1; d > 0; --d) {
     if (x.size(d) != 1 && x.stride(d) != run) fail(kOp, name, " must have contiguous rows; got ", describe(x));
@@ -33,14 +33,22 @@ const int64_t* indices_of(const char* name, const Tensor& x, int64_t count, int6
   check_tensor(kOp, name, x, {ScalarType::Long}, {count});
   const int64_t* index = static_cast<const int64_t*>(x.const_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
-    if (index[i] < 0 || index[i] >= limit) fail(kOp, name, " holds ", index[i], "; allowed: 0..", limit - 1);
+    if (index[i] < 0 || index[i] >= limit) fail(kOp, name, " must be in 0..", limit - 1, "; got ", index[i]);
   }
   return index;
 }
 
+bool rows_match(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
+  for (int64_t d = 1; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
 void gather_copy(Tensor source, Tensor sources, Tensor target, Tensor targets) {
   const Rows from = rows_of("source", source), to = rows_of("target", target);
-  if (source.scalar_type() != target.scalar_type() || from.bytes != to.bytes)
+  if (!rows_match(source, target))
     fail(kOp, "target must have rows like source; got ", describe(target), " and ", describe(source));
   const int64_t count = sources.numel();
   const int64_t* take = indices_of("sources", sources, count, from.count);

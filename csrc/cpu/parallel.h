@@ -2,6 +2,8 @@
 // runs as one task on one thread and what is shared by all threads.
 #pragma once
 
+#include "pages.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -24,6 +26,7 @@ class Scratch {
  public:
   explicit Scratch(size_t bytes) : data_(static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {
     if (data_ == nullptr) throw std::bad_alloc();
+    advise_huge_pages(data_.get(), bytes);
   }
   std::byte* data() { return data_.get(); }
 

@@ -4,6 +4,7 @@
 // An item is one head of one sequence, its tiles in order. Where there are fewer items than threads, all entries of an item
 // are made first, and its tiles then attend in parallel, each made a second time; the bits are the same.
 #include "rat_attention.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -224,12 +225,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rat_a
                            cu_seqlens, {restart, stride, unit, window, prefix_len, rope_base, tile_heads, scale});
   const int64_t batch = v.size(0), heads = v.size(2), dim = v.size(3), count = rat.tokens.count();
   const ScalarType sums = state_dtype(v.scalar_type());
-  const auto rows = [&](int64_t count) { return torch::stable::new_zeros(v, {batch, count, heads, dim}); };
-  const auto running = [&] { return torch::stable::new_empty(v, {count, heads, dim}, sums); };
-  Tensor o = torch::stable::empty_like(v), out_keys = rows(rat.entry_rows), out_values = rows(rat.entry_rows);
+  const auto rows = [&](int64_t count) { return zero_result(v, {batch, count, heads, dim}); };
+  const auto running = [&] { return empty_result(v, {count, heads, dim}, sums); };
+  Tensor o = result_like(v), out_keys = rows(rat.entry_rows), out_values = rows(rat.entry_rows);
   Tensor out_local_keys = rows(rat.local_rows), out_local_values = rows(rat.local_rows);
   Tensor final_key = running(), final_value = running();
-  Tensor lse = torch::stable::new_empty(v, {batch, v.size(1), heads}, sums);
+  Tensor lse = empty_result(v, {batch, v.size(1), heads}, sums);
   const RatResults results{o.mutable_data_ptr(),
                            out_keys.mutable_data_ptr(),
                            out_values.mutable_data_ptr(),

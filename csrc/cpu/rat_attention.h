@@ -14,8 +14,7 @@
 
 namespace memattn::cpu {
 
-inline constexpr int kTokens = 128;                        // of a tile, at most
-inline constexpr int64_t kFarthest = int64_t{1} << 48;  // position, and size of what a setting counts in tokens
+inline constexpr int kTokens = 128;  // of a tile, at most
 
 // The op's arguments and sizes, checked.
 struct Rat {

@@ -3,6 +3,7 @@
 //
 // A task is the heads that read one key head over tokens that no restart divides: no two tasks write the same sum.
 #include "rat_attention.h"
+#include "results.h"
 
 #include <tuple>
 
@@ -332,16 +333,16 @@ Tensors10 rat_attention_backward(Tensor d_o, MaybeTensor d_out_keys, MaybeTensor
   check_tensor(kOp, "dfinal_value", d_final_value, {sums}, {count, heads, dim});
 
   const auto like = [&](const MaybeTensor& x) {
-    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(v, {0}, sums);
+    return x ? result_like(*x) : empty_result(v, {0}, sums);
   };
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  Tensor dg = torch::stable::empty_like(g), d_keys = torch::stable::empty_like(out_keys);
-  Tensor d_values = torch::stable::empty_like(out_values), turned = torch::stable::empty_like(v);
-  Tensor turned_dq = torch::stable::empty_like(v), d_held_keys = like(keys), d_held_values = like(values);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
+  Tensor dg = result_like(g), d_keys = result_like(out_keys);
+  Tensor d_values = result_like(out_values), turned = result_like(v);
+  Tensor turned_dq = result_like(v), d_held_keys = like(keys), d_held_values = like(values);
   Tensor d_initial_key = like(running_key), d_initial_value = like(running_value);
-  Tensor d_local_keys = torch::stable::empty_like(out_local_keys), local_dq = rat.has_local() ? torch::stable::empty_like(v)
+  Tensor d_local_keys = result_like(out_local_keys), local_dq = rat.has_local() ? result_like(v)
                                                                                               : like(std::nullopt);
-  Tensor d_local_values = torch::stable::empty_like(out_local_values);
+  Tensor d_local_values = result_like(out_local_values);
   Tensor d_held_local_keys = like(local_keys), d_held_local_values = like(local_values);
   with_primitives(type, [&]<class E>(const Primitives<E>& isa) {
     const Rotary<AccumulateOf<E>> rotary = rotary_of<AccumulateOf<E>>(rat);

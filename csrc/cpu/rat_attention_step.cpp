@@ -2,6 +2,7 @@
 // entries are read once, all heads together, since they lie beside each other, in ranges that run in parallel; the parts are
 // joined in order. Ranges have one size, so that bits do not depend on the thread count.
 #include "rat_attention.h"
+#include "results.h"
 
 namespace memattn::cpu {
 namespace {
@@ -268,7 +269,7 @@ Tensor rat_attention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor keys, T
     rat.start[b] = std::clamp<int64_t>(lengths[rows[b]], 0, kFarthest);
     lengths[rows[b]] = rat.start[b] + v.size(1);
   }
-  Tensor o = torch::stable::empty_like(v);
+  Tensor o = result_like(v);
   const auto rows_of = [](const MaybeTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
   const RatPool to{keys.mutable_data_ptr(),
                    values.mutable_data_ptr(),

@@ -1,5 +1,6 @@
 // Segment memory, forward: the table of the normaliser, that of the memory (tasks: heads × columns of V), all reads.
 #include "segment_memory.h"
+#include "results.h"
 
 namespace memattn::cpu {
 namespace {
@@ -170,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor> segment_memory(
   const std::vector<int64_t> rows{q.size(0), q.size(1), m.heads, m.value_dim};
   const std::vector<int64_t> finals{m.keys.count(), m.key_heads, m.key_dim, m.columns()};
   const std::vector<int64_t> table{m.slots(), m.key_heads, m.key_dim, m.columns()};
-  Tensor o = torch::stable::new_empty(q, rows, type), final_state = torch::stable::new_empty(q, finals, state);
-  Tensor states = m.keys.has_unused_slots() ? torch::stable::new_zeros(q, table, state)
-                                            : torch::stable::new_empty(q, table, state);
+  Tensor o = empty_result(q, rows, type), final_state = empty_result(q, finals, state);
+  Tensor states = m.keys.has_unused_slots() ? zero_result(q, table, state)
+                                            : empty_result(q, table, state);
   with_primitives(type, [&](const auto& isa) {
     SegmentForward(m, isa, o.mutable_data_ptr(), states.mutable_data_ptr()).run();
   });
@@ -213,8 +214,8 @@ SegmentMemory read_arguments(const char* op, const Tensor& q, const Tensor& k, c
   }
   SegmentMemory m{};
   static_cast<SegmentSettings&>(m) = settings;
-  m.query_segment = std::min(settings.query_segment, kLongestSegment);
-  m.key_segment = std::min(settings.key_segment, kLongestSegment);
+  m.query_segment = std::min(settings.query_segment, kFarthest);
+  m.key_segment = std::min(settings.key_segment, kFarthest);
   const auto layout = [&](const std::optional<Tensor>& bounds, int64_t length) {
     return bounds ? SequenceLayout::packed(read_cu_seqlens(op, *bounds, b, length)) : SequenceLayout::batch(b, length);
   };

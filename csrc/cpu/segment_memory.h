@@ -20,7 +20,6 @@ namespace memattn::cpu {
 inline constexpr int kSegmentRows = 64;          // of a tile of tokens
 inline constexpr int64_t kReadTokens = 512;      // of a task that reads
 inline constexpr double kFlopsWorthAThread = 4e6;
-inline constexpr int64_t kLongestSegment = int64_t{1} << 48;  // so that sums with it do not overflow
 
 // The settings of the schema, in its order.
 struct SegmentSettings {

@@ -6,6 +6,7 @@
 //            and through r (K M), with P = -r dV and dd = β r <dU, r (K M)>:
 //            dK += P Mᵀ + dd zᵀ,  D += Kᵀ P,  dz += Kᵀ dd
 #include "segment_memory.h"
+#include "results.h"
 
 namespace memattn::cpu {
 namespace {
@@ -277,10 +278,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> segment_memory_backward(
   check_tensor(kOp, "dfinal_state", dfinal_state, {state}, {m.keys.count(), m.key_heads, m.key_dim, m.columns()});
   check_tensor(kOp, "states", states, {state}, {m.slots(), m.key_heads, m.key_dim, m.columns()});
   const auto gradient_of = [&](const std::optional<Tensor>& x) {
-    return x ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0});
+    return x ? result_like(*x) : empty_result(q, {0});
   };
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  Tensor dbeta = gradient_of(beta), dinitial = gradient_of(initial_state), dstates = torch::stable::empty_like(states);
+  Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
+  Tensor dbeta = gradient_of(beta), dinitial = gradient_of(initial_state), dstates = result_like(states);
   const auto read = [](const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; };
   const auto data = [](const Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
   const SegmentGradients gradients{d_o.const_data_ptr(),

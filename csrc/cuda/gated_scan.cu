@@ -34,7 +34,8 @@ struct Inputs {
   int count() const { return x[1] ? 2 : 1; }
   ScalarType type() const { return x[0]->scalar_type(); }
   int64_t ends_per_row() const {
-    return cu_seqlens ? g.size(1) / chunk_size + sequences() : ceil_div(g.size(1), chunk_size);
+    const int64_t length = g.size(1), span = std::min(chunk_size, length + 1);  // so that no sum overflows
+    return cu_seqlens ? length / span + sequences() : ceil_div(length, span);
   }
   bool narrow(int p) const { return x[p]->size(2) != channels(); }
 };

@@ -95,7 +95,8 @@ def why_not(op: str, backend: str, request: Request, *, explicit: bool = False) 
         reasons += [f"{text}, supported: {low}..{high}" for text in outside]
     for feature in sorted(request.features - limits.features):
         reasons.append(f"{feature} is not supported, supported: {', '.join(sorted(limits.features)) or 'none'}")
-    missing = limits.available(request.device)
+    # While a graph is traced nothing can be loaded, and what cannot serve the call need not be.
+    missing = None if reasons and torch.compiler.is_compiling() else limits.available(request.device)
     if missing is not None:
         reasons.append(missing)
     return reasons

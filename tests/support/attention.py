@@ -37,6 +37,7 @@ class Case:
     sinks: int | None = None  # None: no sink; 0: [HQ]; r: [HQ, r]
     decay: float | None = None
     alibi: bool = False
+    merged: bool = False  # begins from the result over other keys; every third row of it has seen none
 
     def make(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict:
         """The arguments of one call."""
@@ -59,6 +60,10 @@ class Case:
             inputs["log_decay"] = -self.decay * normal(batch, keys, self.heads, to=wide).abs()
         if self.alibi:
             inputs["alibi_slopes"] = (0.5 ** torch.arange(1, self.heads + 1)).to(device, wide)
+        if self.merged:
+            inputs["merge_o"] = normal(batch, queries, self.heads, self.value_dim)
+            inputs["merge_lse"] = normal(batch, queries, self.heads, scale=2.0, to=wide)
+            inputs["merge_o"][:, ::3], inputs["merge_lse"][:, ::3] = 0.0, -torch.inf
         if self.lengths is not None:
             for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
                 inputs[name] = torch.tensor([0, *(n[i] for n in self.lengths)], device=device).cumsum(0).int()
@@ -100,6 +105,11 @@ CASES = (
     case("scale", {"scale": 0.6}, key_dim=40, value_dim=56),
     case("wide", key_dim=128, value_dim=256, queries=40),
     case("many heads", {"window": 20}, heads=8, key_heads=1),
+    case("merge", {"window": 20}, merged=True, **GROUPED),
+    case("merge, sinks", {"causal": False, "head_map": "tile"}, keys=41, sinks=2, merged=True, **GROUPED),
+    case("merge, few keys", {"chunk_rule": ("summary", 16)}, queries=75, keys=4, merged=True),
+    case("merge, decay", decay=0.1, merged=True, heads=2, key_heads=2),
+    case("packed merge", {"causal": False}, lengths=((20, 9), (33, 0), (5, 40)), merged=True, sinks=0),
     case("packed", lengths=((1, 1), (0, 0), (16, 16), (17, 17), (90, 90), (0, 0)), sinks=0, **GROUPED),
     case("packed, other keys", {"causal": False}, lengths=((5, 40), (0, 3), (33, 0), (20, 9)), heads=2, key_heads=2),
     case("packed window", {"window": 10, "q_offset": 4}, lengths=((30, 40), (20, 24)), decay=0.2),
@@ -108,13 +118,22 @@ CASES = (
     case("packed summary", {"chunk_rule": ("summary", 4)}, lengths=((19, 4), (8, 2), (3, 0))),
 )  # fmt: skip
 LONG = case("long", {"window": 300}, batch=1, queries=700, heads=2, key_heads=2, key_dim=32, value_dim=32)
-FLOATS = ("q", "k", "v", "sink", "log_decay", "alibi_slopes")
+OF_QUERIES = ("q", "merge_o", "merge_lse")
+FLOATS = ("q", "k", "v", "sink", "log_decay", "alibi_slopes", "merge_o", "merge_lse")
+
+
+def called(op: Callable, inputs: dict) -> tuple[Tensor, Tensor]:
+    """(o, lse) of `op`, the merged result given as its one argument."""
+    arguments = {n: x for n, x in inputs.items() if n not in OF_QUERIES[1:]}
+    if "merge_o" in inputs:
+        arguments["merge"] = (inputs["merge_o"], inputs["merge_lse"])
+    return op(**arguments)
 
 
 def evaluate(op: Callable, inputs: dict, seed: int = 1, lse_weight: float = 1.0) -> dict[str, Tensor]:
     """o, lse and the gradient of every float input, under fixed cotangents of o and of lse."""
     inputs = {n: x.detach().clone().requires_grad_() if n in FLOATS else x for n, x in inputs.items()}
-    o, lse = op(**inputs)
+    o, lse = called(op, inputs)
     noise = torch.Generator().manual_seed(seed)
     do, dlse = (torch.randn(x.shape, generator=noise, dtype=torch.float64) for x in (o, lse))
     do, dlse = do.to(o.dtype).to(o), (lse_weight * dlse).to(lse)
@@ -149,15 +168,16 @@ class FlashBlock(torch.autograd.Function):
     """`reference._block` with the kernels' backward: P again from the lse, Δ from the stored o, operands rounded."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype):
-        o, lse = BLOCK(q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype)
-        ctx.save_for_backward(q, k, v, sink, decay_q, decay_k, reference._visible(mask, i, j), o, lse)
+    def forward(ctx, q, k, v, sink, first_o, first_lse, decay_q, decay_k, mask, i, j, operand_dtype):
+        o, lse = BLOCK(q, k, v, sink, first_o, first_lse, decay_q, decay_k, mask, i, j, operand_dtype)
+        seen = reference._visible(mask, i, j)
+        ctx.save_for_backward(q, k, v, sink, first_o, first_lse, decay_q, decay_k, seen, o, lse)
         ctx.operand_dtype = operand_dtype
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, sink, decay_q, decay_k, seen, o, lse = ctx.saved_tensors
+        q, k, v, sink, first_o, first_lse, decay_q, decay_k, seen, o, lse = ctx.saved_tensors
 
         def rounded(x):
             return x if ctx.operand_dtype is None else x.to(ctx.operand_dtype).to(x.dtype)
@@ -171,9 +191,14 @@ class FlashBlock(torch.autograd.Function):
         ds = p * (do @ v.mT - delta[..., None])
         dq, dk, dv = rounded(ds) @ k, rounded(ds).mT @ q, rounded(p).mT @ do
         dsink = None if sink is None else -((sink[..., None] - lse).exp() * delta).sum((0, 3))[None]
+        first = (None, None)
+        if first_o is not None:
+            weight = (first_lse - lse).exp()
+            first = weight[..., None] * do, weight * ((do * first_o).sum(-1) - delta)
         decays = (None, None) if decay_q is None else (ds.sum(-1), -ds.sum(-2))
         decays = tuple(None if x is None else x.double() for x in decays)
-        return dq, dk.sum(2, keepdim=True), dv.sum(2, keepdim=True), dsink, *decays, None, None, None, None
+        dk, dv = dk.sum(2, keepdim=True), dv.sum(2, keepdim=True)
+        return dq, dk, dv, dsink, *first, *decays, None, None, None, None
 
 
 BLOCK = reference._block
@@ -204,7 +229,7 @@ def relation(check: Callable) -> Callable:
 def forward(op: Callable, inputs: dict, **change: object) -> list[Tensor]:
     """[o, lse] without gradient."""
     with torch.no_grad():
-        return list(op(**{**inputs, **change}))
+        return list(called(op, {**inputs, **change}))
 
 
 assert_near = functools.partial(relations.assert_near, tolerance=TOLERANCE)
@@ -239,7 +264,27 @@ def parts_of_the_keys_merge(op, device="cpu"):
             parts = [op(k=k[:, a:b], v=v[:, a:b], **rest) for a, b in pairwise(bounds)]
             return merge_states([o for o, _ in parts], [lse for _, lse in parts])
 
-        assert_near(evaluate(merged, inputs), evaluate(op, inputs), f"parts {bounds}")
+        def taken_up(k, v, bounds=bounds, **rest):
+            result = None
+            for a, b in pairwise(bounds):
+                result = op(k=k[:, a:b], v=v[:, a:b], merge=result, **rest)
+            return result
+
+        expected = evaluate(op, inputs)
+        assert_near(evaluate(merged, inputs), expected, f"parts {bounds}")
+        assert_near(evaluate(taken_up, inputs), expected, f"parts {bounds} in turn")
+
+
+@relation
+def nothing_to_merge(op, device="cpu"):
+    """A merged result that has seen no key changes no bit and gets no gradient."""
+    for sinks in (None, 0):
+        inputs = replace(SMALL, sinks=sinks, merged=True).make(device=device)
+        inputs["merge_o"], inputs["merge_lse"] = inputs["merge_o"] + 7, inputs["merge_lse"] - torch.inf
+        actual = evaluate(op, inputs)
+        bare = evaluate(op, {n: x for n, x in inputs.items() if n not in OF_QUERIES[1:]})
+        assert_near(actual, bare, "nothing merged", tolerance=1e-6)
+        assert not actual["dmerge_o"].any() and not actual["dmerge_lse"].any()
 
 
 @relation
@@ -251,10 +296,10 @@ def parts_of_the_queries(op, device="cpu", tolerance=1e-6):
         {"chunk_rule": ("dilated", 5, 3, 2)},
         {"prefix_len": 9, "window": 4},
     ):
-        inputs = case("parts", mask, queries=150, **GROUPED).make(device=device)
+        inputs = case("parts", mask, queries=150, merged=True, **GROUPED).make(device=device)
         whole = forward(op, inputs)
         for cut in (1, 37, 128):
-            parts = [forward(op, tokens(inputs, a, b, ("q",)), q_offset=a) for a, b in ((0, cut), (cut, 150))]
+            parts = [forward(op, tokens(inputs, a, b, OF_QUERIES), q_offset=a) for a, b in ((0, cut), (cut, 150))]
             joined = [torch.cat(pair, 1) for pair in zip(*parts, strict=True)]
             for x, y in zip(joined, whole, strict=True):
                 assert relative_error(x, y) <= tolerance, f"{mask} cut at {cut}"
@@ -267,7 +312,7 @@ def packed_equals_separate(op, device="cpu", tolerance=1e-6):
         whole, start_q, start_k = forward(op, inputs), 0, 0
         for queries, keys in c.lengths:
             part = tokens(
-                tokens(inputs, start_q, start_q + queries, ("q",)), start_k, start_k + keys, ("k", "v", "log_decay")
+                tokens(inputs, start_q, start_q + queries, OF_QUERIES), start_k, start_k + keys, ("k", "v", "log_decay")
             )
             alone = forward(op, part, cu_seqlens_q=None, cu_seqlens_k=None)
             for x, y in zip(alone, whole, strict=True):

@@ -35,14 +35,16 @@ def run_last_programs(backwards: tuple[str, ...] = ()) -> None:
     def run_last(kernel, *args, grid, **options):
         skipped[0] = max(grid[0] - LAST_PROGRAMS, 0)
         shift[0] = 0 if kernel.fn.__name__ in backwards else skipped[0]
-        return run(kernel, *args, grid=(grid[0] - skipped[0],), **options)
+        return run(kernel, *args, grid=(grid[0] - skipped[0], *grid[1:]), **options)
 
-    def moved_by(handle, count):
-        return TensorHandle(handle.data + handle.data.dtype.type(count), handle.dtype)
+    def moved_by(handle, axis, count):
+        return TensorHandle(handle.data + handle.data.dtype.type(count if axis == 0 else 0), handle.dtype)
 
     InterpretedFunction.run = run_last
-    InterpreterBuilder.create_get_program_id = lambda builder, axis: moved_by(program_id(builder, axis), shift[0])
-    InterpreterBuilder.create_get_num_programs = lambda builder, axis: moved_by(programs(builder, axis), skipped[0])
+    InterpreterBuilder.create_get_program_id = lambda builder, axis: moved_by(program_id(builder, axis), axis, shift[0])
+    InterpreterBuilder.create_get_num_programs = lambda builder, axis: moved_by(
+        programs(builder, axis), axis, skipped[0]
+    )
 
 
 def train(inputs: dict, do, dfinal_state) -> dict:

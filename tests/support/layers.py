@@ -247,6 +247,19 @@ def later_tokens_do_not_reach_back(layer: Any, x: Tensor, subject: Subject) -> N
     assert relative_error(changed[:, subject.chunk + 1], y[:, subject.chunk + 1]) > 1e-3
 
 
+def a_nan_stays_in_its_sequence(layer: Any, x: Tensor, subject: Subject) -> None:
+    """It reaches the rows beside its own neither in a call nor through the state."""
+    beside, bad = rows(0, 2), x.clone()
+    bad[1, subject.chunk - 1] = torch.nan
+    with torch.no_grad():
+        (y, state), (other, after) = layer(x, return_state=True), layer(bad, return_state=True)
+        assert other[1].isnan().any(), "the NaN was lost"
+        assert torch.equal(other[beside], y[beside])
+        assert torch.equal(layer(x, after)[beside], layer(x, state)[beside]), "after the state"
+        if subject.lacks.step is None:
+            assert torch.equal(layer.step(x[:, :1], after)[0][beside], layer.step(x[:, :1], state)[0][beside]), "step"
+
+
 def padding_bounds(subject: Subject) -> list[tuple[int, int]]:
     """Valid tokens [a, b) of each row."""
     tokens, chunk = subject.tokens, subject.chunk
@@ -549,6 +562,7 @@ CHECKS: dict[str, Callable[[Any, Tensor, Subject], None]] = {
         no_sequence_is_no_error,
         no_token_changes_nothing,
         later_tokens_do_not_reach_back,
+        a_nan_stays_in_its_sequence,
         padded_rows_equal_their_runs_alone,
         gradients_of_padded_rows,
         packed_sequences_equal_separate_ones,

@@ -18,6 +18,9 @@ NAMES = (*LAYERS, *PLAIN)
 # What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
 MEMORIES = tuple(name for name in LAYERS if name not in ("fox", "ratplus"))
 STACKED = (*MEMORIES, "local")
+# Of those, memories that keep a row of every chunk: reading takes time quadratic in the text, if a small part of full
+# attention's.
+GROWING = ("rat",)
 # What a layer of the demo is given beside its sizes; `window` is the model's.
 _SETTINGS: dict[str, Callable[[int], dict[str, int]]] = {
     "rat": lambda window: {"num_groups": 1},  # the demo's three heads have no two groups

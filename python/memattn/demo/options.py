@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from memattn.demo.compare import ComparisonConfig
-from memattn.demo.mixers import MEMORIES, STACKED
+from memattn.demo.mixers import GROWING, MEMORIES, STACKED
 from memattn.demo.model import ModelConfig
 from memattn.demo.precision import faster_dtype
 from memattn.demo.train import TrainingConfig
@@ -21,7 +21,10 @@ from memattn.nn.hybrid_stack import parse_spec
 
 @dataclass(frozen=True)
 class Plan:
-    """All sizes of a run. `rows` texts of `row_bytes` give bits per byte by position."""
+    """All sizes of a run. `rows` texts of `row_bytes` give bits per byte by position.
+
+    The stream has `stream_bytes`, or `growing_stream_bytes` where a layer's memory grows with the text.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -32,9 +35,14 @@ class Plan:
     wipe_every: int = 1024
     batch_bytes: int = 16384
     stream_bytes: int = 1 << 20
+    growing_stream_bytes: int = 1 << 18
     stream_chunk: int = 4096
     prompt: bytes = b"def read_records(path):\n    "
     sample_bytes: int = 600
+
+    def stream_length(self, layers: Sequence[str]) -> int:
+        """Bytes of the stream for a model of these layers."""
+        return min(self.stream_bytes, self.growing_stream_bytes) if {*GROWING} & {*layers} else self.stream_bytes
 
 
 SMOKE = Plan(

@@ -164,7 +164,7 @@ class _Run:
         return copy.deepcopy(self.model).to(self.options.dtype)
 
     def _baselines(self, stop: StopRequest) -> None:
-        held_out = self.text.held_out[: self.plan.stream_bytes]
+        held_out = self._stream_text()
         bits = {"order-2 counts": data.order2_bits_per_byte(self.text.train, held_out)}
         self.results.baselines = bits | data.compressor_bits_per_byte(held_out)
 
@@ -179,8 +179,11 @@ class _Run:
         self.results.wiped = stream.mean_bits(self._reader(), pieces, plan.batch_bytes // plan.wipe_every, stop)
 
     def _stream(self, stop: StopRequest) -> None:
-        text = self.text.held_out[None, : self.plan.stream_bytes]
+        text = self._stream_text()[None]
         self.results.stream = self._read("stream", text, self.plan.stream_chunk, stop)
+
+    def _stream_text(self) -> Tensor:
+        return self.text.held_out[: self.plan.stream_length(self.model.config.layers)]
 
     def _read(self, name: str, text: Tensor, chunk: int, stop: StopRequest) -> stream.Reading:
         layout = "{n_fmt} of {total_fmt} bytes  {rate_fmt}{postfix}"

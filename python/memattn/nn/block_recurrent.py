@@ -153,10 +153,11 @@ class BlockRecurrentAttention(SegmentRecurrence):
         q, q2, k, v = self._heads(features).unbind(2)
         window = self.segment_len
         q = self._rotated(self._scaled(q, 0), window)
-        own = attention(q, self._rotated(k, window), v, scale=1.0, backend=self.backend)
         keys, values = self._rotated(memory.keys.to(q.dtype), 0), memory.values.to(q.dtype)
         before = attention(q, keys, values, window=window, q_offset=window, scale=1.0, backend=self.backend)
-        return self._output(memory, q2, own, _if_written(memory, before))
+        before = _if_written(memory, before)
+        own = attention(q, self._rotated(k, window), v, merge=before, scale=1.0, backend=self.backend)
+        return self._output(memory, q2, own.o)
 
     def _read_token(self, memory: BlockMemory, open: Tensor, filled: Tensor) -> Tensor:
         _, _, k, v = self._heads(open).unbind(2)
@@ -168,15 +169,18 @@ class BlockRecurrentAttention(SegmentRecurrence):
         keys = self._rotated(memory.keys.to(q.dtype), 0)
         # The token sees the end of the previous window: a prefix of it reversed.
         before = self._gather(q, keys.flip(1), memory.values.to(q.dtype).flip(1), window - 1 - filled)
-        return self._output(memory, q2, own, _if_written(memory, before))
+        seen = merge_states(*zip(own, _if_written(memory, before), strict=True))
+        return self._output(memory, q2, seen.o)
 
-    def _gather(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> AttentionOutput:
+    def _gather(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> AttentionOutput:
         return slot_write(q, None, None, k, v, see="none", lengths=lengths, scale=1.0, backend=self.backend)
 
-    def _output(self, memory: BlockMemory, q2: Tensor, own: AttentionOutput, before: AttentionOutput) -> Tensor:
-        window = merge_states([own.o, before.o], [own.lse, before.lse]).o
+    def _over(self, q: Tensor, k: Tensor, v: Tensor, merge: AttentionOutput | None = None) -> AttentionOutput:
+        return attention(q, k, v, causal=False, merge=merge, scale=1.0, backend=self.backend)
+
+    def _output(self, memory: BlockMemory, q2: Tensor, window: Tensor) -> Tensor:
         keys, values = self._state_keys(memory, q2.dtype)
-        states = attention(self._scaled(q2, 1), keys, values, causal=False, scale=1.0, backend=self.backend).o
+        states = self._over(self._scaled(q2, 1), keys, values).o
         return self.out_proj(torch.cat([window, states], 2).flatten(2))
 
     # --- states -------------------------------------------------------------------------------------------------------
@@ -185,10 +189,10 @@ class BlockRecurrentAttention(SegmentRecurrence):
         _, _, k, v = self._heads(features).unbind(2)
         q, q2 = (_unit(x) for x in self._heads(self.state_query_proj(self._normed(memory)).to(k.dtype)).unbind(2))
         keys, values = self._state_keys(memory, k.dtype)
-        states = self._gather(self._scaled(q, 2), keys, values).o
+        states = self._over(self._scaled(q, 2), keys, values).o
         q2 = self._scaled(q2, 3)
-        before = _if_written(memory, self._gather(q2, memory.keys.to(k.dtype), memory.values.to(k.dtype)))
-        tokens = merge_states(*zip(self._gather(q2, k, v), before, strict=True)).o
+        before = _if_written(memory, self._over(q2, memory.keys.to(k.dtype), memory.values.to(k.dtype)))
+        tokens = self._over(q2, k, v, merge=before).o
         hidden = torch.cat([states, tokens], 2).flatten(2)
         slots = self._gated(self._slots(memory), self.state_out_proj(hidden), hidden)
         return BlockMemory(slots, memory.written + 1, k, v)

@@ -49,6 +49,7 @@ class NewRows:
     def __init__(self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
         self.batch, self.longest = x.shape[:2]
         self.total = x.shape[0] * x.shape[1]
+        self.packed = cu_seqlens is not None
         if cu_seqlens is None:
             self.bounds = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]  # [N+1]
         else:
@@ -63,12 +64,18 @@ class NewRows:
         return (token - self.bounds[row] + before[row]).view(self.batch, self.longest)
 
     def cumulated(self, steps: Tensor, before: Tensor) -> Tensor:
-        """Sums of steps [B, T, H] over the tokens of each sequence, from `before` [N, H] on: float64, like it."""
-        flat = steps.double().flatten(0, 1)
-        sums = torch.nn.functional.pad(flat.cumsum(0), (0, 0, 1, 0))  # [total + 1, H]
-        token = torch.arange(self.total, device=flat.device)
+        """Sums of steps [B, T, H] over the tokens of each sequence, from `before` [N, H] on: float64, like it.
+
+        What is not finite stays where it is in packed sequences, so that it cannot reach the next one.
+        """
+        steps = steps.double()
+        if not self.packed:
+            return steps.cumsum(1) + before[:, None]
+        finite = steps.isfinite()
+        sums = torch.nn.functional.pad(torch.where(finite, steps, 0.0)[0].cumsum(0), (0, 0, 1, 0))  # [total + 1, H]
+        token = torch.arange(self.total, device=steps.device)
         row = torch.searchsorted(self.bounds[1:], token, right=True).clamp(max=max(len(before) - 1, 0))
-        return (sums[1:] - sums[self.bounds[row]] + before[row]).view(steps.shape)
+        return torch.where(finite, sums[1:] - sums[self.bounds[row]] + before[row], torch.nan)
 
 
 class TokenCache(MemoryState):

@@ -16,7 +16,7 @@ from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
 from memattn.ops.feature_maps import ACTIVATIONS, hedgehog
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
-from memattn.ops.merge_states import gated_combine, merge_states
+from memattn.ops.merge_states import gated_combine
 from memattn.state import MemoryState
 
 META = ("sink_logits", "prefix_tokens")
@@ -206,8 +206,7 @@ class Lizard(CachedAttention):
         """out_proj(Y^g + α Y^a), Y^a being what one softmax over the window and the prefix tokens gives."""
         if self.meta_k is not None and self.meta_v is not None:
             k, v = (tokens.to(q.dtype).expand(q.shape[0], -1, -1, -1) for tokens in (self.meta_k, self.meta_v))
-            prefix = attention(q, k, v, causal=False, backend=self.backend)
-            recent = merge_states([recent.o, prefix.o], [recent.lse, prefix.lse])
+            recent = attention(q, k, v, causal=False, merge=recent, backend=self.backend)
         alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32)).expand(self.num_heads)
         return self._readout(gated_combine(of_all, recent.o, alpha, mode="add"), q)
 

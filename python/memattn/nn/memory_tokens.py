@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -77,9 +78,26 @@ class MemoryTokens(nn.Module):
         tokens += self.segment_size - 1 if opened and tokens else 0
         return [self.segment_size] * -(-tokens // self.segment_size)
 
-    def _cut(self, n: int, segments: int) -> bool:
-        """Whether gradients end where segment n of a call begins."""
-        return self.bptt_depth is not None and n <= segments - self.bptt_depth
+    def _cut(self, state: MemoryTokensState, n: int, segments: Tensor | None) -> MemoryTokensState:
+        """The state where segment n of a call begins, without its history in rows where gradients end there.
+
+        segments [N]: how many the tokens of each row lie in; None without bptt_depth.
+        """
+        if segments is None or self.bptt_depth is None:
+            return state
+        ends = n <= segments - self.bptt_depth
+
+        def without_history(owner: MemoryState, name: str, x: Tensor) -> Tensor:
+            return torch.where(ends.view(-1, *(1,) * (x.dim() - 1)), x.detach(), x)
+
+        return state._map(without_history)
+
+    def _touched(self, tokens: Tensor, sizes: list[int]) -> Tensor | None:
+        """In how many segments of these sizes so many tokens [N] lie, where it matters."""
+        if self.bptt_depth is None or not torch.is_grad_enabled():
+            return None
+        starts = accumulate(sizes, initial=0)
+        return sum(((tokens > start).long() for start in starts), torch.zeros_like(tokens))
 
     def reset_parameters(self) -> None:
         """Initialise every parameter again, e.g. after `to_empty` brought the module from the meta device."""
@@ -130,10 +148,11 @@ class MemoryTokens(nn.Module):
         state = self.init_state(batch) if state is None else state.clone()
         lengths = torch.full_like(state.position, total) if lengths is None else lengths
         taken, before, sizes = torch.zeros_like(lengths), 0, self._sizes(total, opened)
+        segments = self._touched(state.position + lengths, sizes)
         outputs: list[Tensor] = []
         kept = [lengths.new_zeros(batch, 0, dtype=torch.bool)]
         for n, size in enumerate(sizes):
-            state = state.detach() if self._cut(n, len(sizes)) else state
+            state = self._cut(state, n, segments)
             # Slot i of the segment holds the row's token taken − position + i.
             slot = torch.arange(size if opened else min(size, total - before), device=x.device)
             token = (taken - state.position)[:, None] + slot
@@ -169,10 +188,11 @@ class MemoryTokens(nn.Module):
         """For a backbone without a state: every row at the start of a segment, all of one length."""
         opened, sizes = state is not None, self._sizes(x.shape[1], False)
         state = self.init_state(x.shape[0]) if state is None else state.clone()
+        segments = self._touched(torch.full_like(state.position, x.shape[1]), sizes)
         outputs: list[Tensor] = []
         before = 0
         for n, size in enumerate(sizes):
-            state = state.detach() if self._cut(n, len(sizes)) else state
+            state = self._cut(state, n, segments)
             part = x[:, before : before + size]
             before += size
             prefix, _ = self._prefix(state.memory, state.closed, None if opened else n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memattn.nn.memory_tokens import MemoryTokens
+from memattn.nn.memory_tokens import MemoryTokens, MemoryTokensState
 
 MODES = ("accumulate", "overwrite")
 
@@ -88,9 +88,9 @@ class SummaryTokens(MemoryTokens):
             sizes.append(self.segment_size + int(torch.randint(-spread, spread + 1, ())))
         return sizes
 
-    def _cut(self, n: int, segments: int) -> bool:
+    def _cut(self, state: MemoryTokensState, n: int, segments: Tensor | None) -> MemoryTokensState:
         detached = self.training and self.detach_probability > 0 and float(torch.rand(())) < self.detach_probability
-        return detached or super()._cut(n, segments)
+        return super()._cut(state.detach() if detached else state, n, segments)
 
     def _refuse(self, x, state, masked, return_state) -> None:
         super()._refuse(x, state, masked, return_state)

@@ -6,6 +6,7 @@ from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
 from memattn.ops.gather_copy import gather_copy
+from memattn.ops.knn_attention import KNNAttention, knn, knn_attention
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
@@ -13,10 +14,14 @@ from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_ste
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
+from memattn.ops.sparse_attention import sparse_attention
+from memattn.ops.topk import TopK, topk
 
 __all__ = [
     "AttentionOutput",
+    "KNNAttention",
     "RATState",
+    "TopK",
     "attention",
     "attention_decode",
     "causal_conv1d",
@@ -27,6 +32,8 @@ __all__ = [
     "gated_scan",
     "gated_scan_step",
     "gather_copy",
+    "knn",
+    "knn_attention",
     "linear_attention",
     "linear_attention_step",
     "memory_recall",
@@ -37,4 +44,6 @@ __all__ = [
     "segment_memory_step",
     "slot_gate",
     "slot_write",
+    "sparse_attention",
+    "topk",
 ]

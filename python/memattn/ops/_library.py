@@ -6,8 +6,10 @@ autograd.Function below the dispatcher; the backward's refuses a second differen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,7 +32,8 @@ class Differentiable:
     schema, backward_schema: text after the name. fake, backward_fake: shape functions of the same arguments.
     outputs: how many of the results are differentiable; the others are what only backward needs.
     save(args, outputs) -> tensors kept for backward (None allowed).
-    backward(op, ctx_tensors, args, grads) -> one gradient or None per forward argument, calling the backward op `op`.
+    backward(op, ctx_tensors, args, grads) -> one gradient or None per forward argument, for a list of tensors a tuple
+    of them, calling the backward op `op`. `args` has None in place of tensors and lists.
     """
 
     schema: str
@@ -45,7 +48,15 @@ class Differentiable:
 def define(name: str, schema: str, fake: Callable) -> None:
     """Define `memattn::name` with its shape function."""
     LIBRARY.define(f"{name}{schema}")
-    torch.library.register_fake(f"memattn::{name}", fake, lib=LIBRARY)
+
+    @functools.wraps(fake)
+    def on_one_device(*args):
+        devices = sorted({x.device.type for x in _spread(args) if isinstance(x, Tensor)})
+        if len(devices) > 1:
+            raise RuntimeError(f"memattn::{name}: all tensors must be on one device; got {' and '.join(devices)}")
+        return fake(*args)
+
+    torch.library.register_fake(f"memattn::{name}", on_one_device, lib=LIBRARY)
 
 
 def define_differentiable(name: str, family: Differentiable) -> None:
@@ -70,7 +81,22 @@ def implement(name: str, launcher: Callable[[], Callable]) -> None:
 
 
 def _tracks_gradient(args: Sequence) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in _spread(args))
+
+
+def _spread(args: Sequence) -> list:
+    """Lists of tensors as arguments of their own: an autograd.Function tracks no others."""
+    return [y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,))]
+
+
+def _sizes(args: Sequence) -> tuple[int | None, ...]:
+    return tuple(len(x) if isinstance(x, (list, tuple)) else None for x in args)
+
+
+def _gathered(sizes: Sequence[int | None], spread: Sequence) -> tuple:
+    """The arguments of these `_sizes` before `_spread`."""
+    rest = iter(spread)
+    return tuple(next(rest) if n is None else list(islice(rest, n)) for n in sizes)
 
 
 def _forward_autograd(name: str, family: Differentiable) -> Callable:
@@ -78,26 +104,29 @@ def _forward_autograd(name: str, family: Differentiable) -> Callable:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(ctx, sizes, *spread):
+            args = _gathered(sizes, spread)
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*args)
-            ctx.save_for_backward(*family.save(args, outputs))
-            ctx.args = tuple(None if isinstance(x, Tensor) else x for x in args)
-            ctx.mark_non_differentiable(*outputs[family.outputs :])
+            results = outputs if isinstance(outputs, tuple) else (outputs,)
+            ctx.save_for_backward(*family.save(args, results))
+            ctx.args = tuple(None if isinstance(x, (Tensor, list)) else x for x in args)
+            ctx.leaves = len(spread)
+            ctx.mark_non_differentiable(*results[family.outputs :])
             ctx.set_materialize_grads(False)
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
             if all(grad is None for grad in grads):
-                return (None,) * len(ctx.args)
-            return family.backward(backward_op, ctx.saved_tensors, ctx.args, grads)
+                return (None,) * (1 + ctx.leaves)
+            return None, *_spread(family.backward(backward_op, ctx.saved_tensors, ctx.args, grads))
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
 
     def kernel(*args):
         if _tracks_gradient(args):
-            return Function.apply(*args)
+            return Function.apply(_sizes(args), *_spread(args))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -109,9 +138,9 @@ def _backward_autograd(name: str) -> Callable:
 
     class NoSecondDerivative(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(ctx, sizes, *spread):
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                return op(*_gathered(sizes, spread))
 
         @staticmethod
         def backward(ctx, *grads):
@@ -122,7 +151,7 @@ def _backward_autograd(name: str) -> Callable:
 
     def kernel(*args):
         if _tracks_gradient(args):
-            return NoSecondDerivative.apply(*args)
+            return NoSecondDerivative.apply(_sizes(args), *_spread(args))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

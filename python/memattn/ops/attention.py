@@ -8,11 +8,14 @@ on positions, so that tiles nobody sees are skipped and nothing T×T is stored:
 
     M(i) = {j < prefix_len} ∪ (causal ∩ window ∩ block ∩ chunk_rule)
 
-Because ℓ is differentiable, calls over disjoint sets of keys join exactly: see `merge_states`. Backward (P recomputed
-from ℓ, FlashAttention-2, Dao 2023, arXiv 2307.08691; the ℓ term as in flash-attention's backward preprocessing):
+Because ℓ is differentiable, calls over disjoint sets of keys join exactly: see `merge_states`. A call can also take up
+another's (o', ℓ') itself, as one more key of every row and head with score ℓ'_i and value o'_i: its online softmax
+begins there, and no second result or pass over the rows is needed. Backward (P recomputed from ℓ, FlashAttention-2,
+Dao 2023, arXiv 2307.08691; the ℓ term as in flash-attention's backward preprocessing):
 
     dS_ij = P_ij (dO_i·v_j − Δ_i + dℓ_i)    Δ_i = dO_i·O_i    dsink = Σ_i e^{sink − ℓ_i} (dℓ_i − Δ_i)
     dc_i = Σ_j dS_ij − Σ_{i'} dS_{i'i}
+    do'_i = e^{ℓ'_i − ℓ_i} dO_i             dℓ'_i = e^{ℓ'_i − ℓ_i} (dO_i·o'_i − Δ_i + dℓ_i)
 
 Sources of the terms: sinks as logits without value, GPT-OSS and Lizard (arXiv 2507.09025); log_decay, Forgetting
 Transformer (Lin et al. 2025, arXiv 2503.02130); ALiBi (Press et al. 2021, arXiv 2108.12409); summary keys and tiled
@@ -41,12 +44,13 @@ OP = "attention"
 # --- the op: schema, shapes, gradients --------------------------------------------------------------------------------
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? decay, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-_TENSORS = _ARGUMENTS.count(",") + 1
+_MERGED = f"{_ARGUMENTS}, Tensor? first_scores, Tensor? first_values"  # of another call: ℓ' and o'
 # A size of 0 stands for "no such term"; causal is 0 (no), 1 (per token) or 2 (per block).
 _SETTINGS = (
     "int causal, int window, int prefix_len, int block_size, int summary, int dilation, int dilated_window, "
     "int dilated_prefix, int q_offset, bool tile_heads, float scale"
 )
+_NUMBERS = _SETTINGS.count(",") + 1
 
 
 def _fake(q, k, v, *rest):
@@ -54,13 +58,13 @@ def _fake(q, k, v, *rest):
     return o, q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
 
 
-def _backward_fake(do, dlse, o, lse, q, k, v, sink, decay, *rest):
-    optional = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (sink, decay))
+def _backward_fake(do, dlse, o, lse, q, k, v, sink, decay, cu_seqlens_q, cu_seqlens_k, *rest):
+    optional = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (sink, decay, *rest[:-_NUMBERS]))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *optional
 
 
 def _save(args, outputs):
-    return (*args[:_TENSORS], *outputs)
+    return (*args[:-_NUMBERS], *outputs)
 
 
 def _backward(op, saved, args, grads):
@@ -68,21 +72,23 @@ def _backward(op, saved, args, grads):
     do, dlse = grads
     do = torch.zeros_like(o) if do is None else do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, dsink, ddecay = op(do, dlse, o, lse, *tensors, *args[_TENSORS:])
-    dsink, ddecay = (None if x is None else dx for x, dx in zip(tensors[3:5], (dsink, ddecay), strict=True))
-    return dq, dk, dv, dsink, ddecay, *(None,) * (len(args) - 5)
+    dq, dk, dv, *optional = op(do, dlse, o, lse, *tensors, *args[len(tensors) :])
+    given = zip((*tensors[3:5], *tensors[7:]), optional, strict=True)
+    dsink, ddecay, *dfirst = (None if x is None else dx for x, dx in given)
+    return dq, dk, dv, dsink, ddecay, None, None, *dfirst, *(None,) * _NUMBERS
 
 
-FAMILY = Differentiable(
-    schema=f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor, Tensor)",
-    backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_ARGUMENTS}, {_SETTINGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    backward_fake=_backward_fake,
-    outputs=2,
-    save=_save,
-    backward=_backward,
-)
+def _family(arguments: str) -> Differentiable:
+    gradients = ", ".join(["Tensor"] * (arguments.count(",") - 1))  # of all but the cu_seqlens
+    return Differentiable(
+        schema=f"({arguments}, {_SETTINGS}) -> (Tensor, Tensor)",
+        backward_schema=f"(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {arguments}, {_SETTINGS}) -> ({gradients})",
+        fake=_fake,
+        backward_fake=_backward_fake,
+        outputs=2,
+        save=_save,
+        backward=_backward,
+    )
 
 
 def _triton_forward():
@@ -97,16 +103,17 @@ def _triton_backward():
     return attention_backward.backward
 
 
-define_differentiable(f"{OP}_cpu", FAMILY)
-define_differentiable(f"{OP}_triton", FAMILY)
+define_differentiable(f"{OP}_cpu", _family(_MERGED))
+define_differentiable(f"{OP}_triton", _family(_ARGUMENTS))
 implement(f"{OP}_triton", _triton_forward)
 implement(f"{OP}_triton_backward", _triton_backward)
 
 _FEATURES = frozenset({"backward", "packed", "q_offset='end'"})
+_MERGING = _FEATURES | {"merge"}
 _16_32 = (torch.float32, torch.bfloat16, torch.float16)
 backends.register(OP, "triton", Limits(("cuda",), _16_32, backends.needs_triton, features=_FEATURES))
-backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_FEATURES))
-_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_FEATURES)
+backends.register(OP, "cpu", Limits(("cpu",), check.FLOATS, backends.needs_native("_C"), features=_MERGING))
+_ANYWHERE = Limits(("cpu", "cuda", "xpu"), check.FLOATS, backends.always, features=_MERGING)
 backends.register(OP, "chunked", _ANYWHERE)
 
 _PASSED = check.Passed()
@@ -162,6 +169,16 @@ def _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, packed):
         )
 
 
+def _check_merge(q, v, merge):
+    o, lse = merge
+    check.shape(OP, "merge.o", o, "[B, Tq, HQ, V]", (*q.shape[:3], v.shape[3]))
+    check.dtype(OP, "merge.o", o, (q.dtype,), " like q")
+    check.shape(OP, "merge.lse", lse, "[B, Tq, HQ]", q.shape[:3])
+    check.dtype(OP, "merge.lse", lse, (reference.accumulate_dtype(q.dtype),), f" with {check.dtype_name(q.dtype)} q")
+    for name, x in (("merge.o", o), ("merge.lse", lse)):
+        check.device(OP, name, x, q, "q")
+
+
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased):
     """cu_seqlens_k None means cu_seqlens_q: queries and keys of the same sequences."""
     if cu_seqlens_q is None:
@@ -201,6 +218,7 @@ def attention(
     sink: Tensor | None = None,
     log_decay: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    merge: AttentionOutput | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_offset: int | str = 0,
@@ -218,6 +236,7 @@ def attention(
     sink            [HQ] or [HQ, r]     q's dtype or float32: logits in the denominator that have no value
     log_decay       [B, Tk, HQ]         float32, natural log ≤ 0 and finite: s_ij gains Σ_{j<t≤i} log_decay_t
     alibi_slopes    [HQ]                float32: s_ij loses slope · (i − j)
+    merge           o, lse              result of attention of the same q over other keys, o in q's dtype (see below)
     cu_seqlens_q/k  [N+1]               int32/int64 bounds of sequences packed along Tq and Tk, then B = 1; k None: as q
     ==============  ==================  ======================================================================
 
@@ -237,29 +256,39 @@ def attention(
     `head_map`: query head h reads key head h // (HQ/HKV) ("gqa") or h mod HKV ("tile"). `scale` None means K**-0.5.
     Tq, Tk ≥ 0 and empty sequences are legal; K, V in 16..256.
 
-    Returns AttentionOutput(o, lse). Differentiable once, through o and lse, in q, k, v, sink, log_decay, alibi_slopes.
-    NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do not.
+    `merge`: the result is that over its keys and these, `merge_states([merge.o, o], [merge.lse, lse])` without the pass
+    that this would take. Sinks of both calls count; each has its own mask. Rows with merge.lse = −inf gain nothing.
+    The Triton backend joins the two results afterwards.
+
+    Returns AttentionOutput(o, lse). Differentiable once, through o and lse, in q, k, v, sink, log_decay, alibi_slopes
+    and merge. NaN and inf in q and k reach the rows that see them; in v also rows of the same tile of queries that do
+    not. They stay in their packed sequence, but for the gradient of log_decay and for backend "chunked", which masks
+    the others.
 
     Raises ValueError (shapes, values, combinations without meaning), TypeError (dtypes), BackendError.
     """
     if not (isinstance(causal, bool) or causal == "block"):  # before the signature, where 1 and True are the same
         raise ValueError(f"{OP}: causal is {causal!r}; allowed: True, False, 'block'")
+    if not (merge is None or (isinstance(merge, tuple) and len(merge) == 2)):
+        raise TypeError(f"{OP}: merge is {type(merge).__name__}; expected the AttentionOutput (o, lse) of another call")
     mask = Mask(causal, window, prefix_len, block_size, chunk_rule, q_offset)
     biased = log_decay is not None or alibi_slopes is not None
     signature = _PASSED.signature(
         q, k, v, sink, log_decay, alibi_slopes, causal, window, prefix_len, block_size, *(chunk_rule or (None,)),
-        q_offset, head_map, scale, cu_seqlens_q is None,
+        q_offset, head_map, scale, cu_seqlens_q is None, *((None,) if merge is None else merge),
     )  # fmt: skip
     if signature not in _PASSED:
         name = "log_decay" if log_decay is not None else "alibi_slopes" if alibi_slopes is not None else None
         check_mask(OP, mask, name, head_map, scale)
         _check_tensors(q, k, v, sink, log_decay, alibi_slopes, q_offset, cu_seqlens_q is not None)
+        if merge is not None:
+            _check_merge(q, v, merge)
         _PASSED.add(signature)
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, q_offset, biased)
     if log_decay is not None:
         check.log_gate(OP, "log_decay", log_decay)
-    tracked = (q, k, v, sink, log_decay, alibi_slopes)
-    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
+    first_values, first_scores = (None, None) if merge is None else merge
+    train = check.needs_grad(q, k, v, sink, log_decay, alibi_slopes, first_values, first_scores)
     features = (("backward",) if train else ()) + (("packed",) if cu_seqlens_q is not None else ())
     features += ("q_offset='end'",) if q_offset == "end" else ()
     request = Request(q.device.type, q.dtype, (("K", q.shape[3]), ("V", v.shape[3])), frozenset(features))
@@ -268,7 +297,7 @@ def attention(
         with torch.autocast(q.device.type, enabled=False):
             results = reference.chunked(
                 q, k, v, causal=causal, window=window, prefix_len=prefix_len, block_size=block_size,
-                chunk_rule=chunk_rule, sink=sink, log_decay=log_decay, alibi_slopes=alibi_slopes,
+                chunk_rule=chunk_rule, sink=sink, log_decay=log_decay, alibi_slopes=alibi_slopes, merge=merge,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_offset=q_offset, head_map=head_map, scale=scale,
             )  # fmt: skip
         return results
@@ -277,5 +306,12 @@ def attention(
         reference.cumulative_decay(log_decay, alibi_slopes, k), cu_seqlens_q,
         cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
     )  # fmt: skip
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return AttentionOutput(*_OPS[name](*tensors, *settings(mask), head_map == "tile", scale))
+    numbers = *settings(mask), head_map == "tile", q.shape[3] ** -0.5 if scale is None else float(scale)
+    if "merge" in backends.registry()[OP][name].features:
+        tensors += check.contiguous(first_scores, first_values)
+        return AttentionOutput(*_OPS[name](*tensors, *numbers))
+    o, lse = _OPS[name](*tensors, *numbers)
+    if merge is None:
+        return AttentionOutput(o, lse)
+    o, lse = reference.joined([x.to(lse.dtype) for x in (merge[0], o)], [merge[1], lse])
+    return AttentionOutput(o.to(q.dtype), lse)

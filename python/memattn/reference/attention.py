@@ -51,8 +51,15 @@ def joined(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def cumulative_decay(log_decay: Tensor | None, alibi_slopes: Tensor | None, k: Tensor) -> Tensor | None:
-    """c [B, Tk, HQ] float64 with bias c_i − c_j. A slope is a constant decay; differences stay exact at any length."""
-    total = None if log_decay is None else log_decay.double().cumsum(1)
+    """c [B, Tk, HQ] float64 with bias c_i − c_j. A slope is a constant decay; differences stay exact at any length.
+
+    Where a decay is not finite, c is NaN, and only there: every row that sees the key gets it, no other sequence does.
+    """
+    total = None
+    if log_decay is not None:
+        finite = log_decay.isfinite()
+        log_decay = torch.where(finite, log_decay, 0.0)
+        total = torch.where(finite, log_decay.double().cumsum(1), torch.nan)
     if alibi_slopes is None:
         return total
     position = torch.arange(k.shape[1], device=k.device, dtype=torch.float64)
@@ -85,10 +92,13 @@ def _sees(i, j, causal, window, prefix_len, block_size, chunk_rule):
 
 def loop(
     q: Tensor, k: Tensor, v: Tensor, *, causal=True, window=None, prefix_len=0, block_size=None, chunk_rule=None,
-    sink=None, log_decay=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None, q_offset=0, head_map="gqa",
-    scale=None,
+    sink=None, log_decay=None, alibi_slopes=None, merge=None, cu_seqlens_q=None, cu_seqlens_k=None, q_offset=0,
+    head_map="gqa", scale=None,
 ) -> AttentionOutput:  # fmt: skip
-    """o_i = Σ_j e^{s_ij − ℓ_i} v_j over the keys that row i sees, ℓ_i = log(Σ_j e^{s_ij} + Σ_r e^{sink_r})."""
+    """o_i = Σ_j e^{s_ij − ℓ_i} v_j over the keys that row i sees, ℓ_i = log(Σ_j e^{s_ij} + Σ_r e^{sink_r}).
+
+    merge = (o', ℓ'): one key more for row i, with score ℓ'_i and value o'_i.
+    """
     (batch, length, heads, _), stored, dtype = q.shape, q.dtype, accumulate_dtype(q.dtype)
     bounds_q = [0, length] if cu_seqlens_q is None else cu_seqlens_q.tolist()
     bounds_k = (
@@ -112,12 +122,18 @@ def loop(
                 if alibi_slopes is not None and seen:
                     distance = torch.tensor([i - j for j in seen], device=q.device)
                     s = s - distance[:, None] * alibi_slopes.to(dtype)
-                if not seen and sinks is None:
+                if merge is not None:
+                    other, score = (x[b, bounds_q[n] + t][None].to(dtype) for x in merge)
+                    s, values = torch.cat([score, s]), torch.cat([other, values])
+                logits = s if sinks is None else torch.cat([s, sinks.t()])
+                empty = (logits == -torch.inf).all(0)
+                if not len(logits) or bool(empty.all()):
                     outputs.append((0 * q[b, 0, :, :1]).expand(-1, v.shape[3]))
                     lses.append(q.new_full((heads,), -torch.inf))
                     continue
-                lses.append((s if sinks is None else torch.cat([s, sinks.t()])).logsumexp(0))
-                outputs.append(((s - lses[-1]).exp()[..., None] * values).sum(0))
+                lse = logits.masked_fill(empty, 0.0).logsumexp(0)
+                lses.append(lse.masked_fill(empty, -torch.inf))
+                outputs.append(((s - lse).exp()[..., None] * values).sum(0))
     o = torch.stack(outputs) if outputs else q.new_zeros(0)
     lse = torch.stack(lses) if lses else q.new_zeros(0)
     return AttentionOutput(o.reshape(batch, length, heads, v.shape[3]).to(stored), lse.reshape(batch, length, heads))
@@ -160,7 +176,7 @@ def _visible(mask, i, j):
     return seen if i[1] is None else seen & (i[1][:, None] == j[1])
 
 
-def _block(q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype):
+def _block(q, k, v, sink, first_o, first_lse, decay_q, decay_k, mask, i, j, operand_dtype):
     """One block: q [B,HKV,G,n,K] scaled, k [B,HKV,1,m,K], v [B,HKV,1,m,V] -> o [B,HKV,G,n,V], lse [B,HKV,G,n]."""
     s, seen = q @ k.mT, _visible(mask, i, j)
     if decay_q is not None:
@@ -169,11 +185,15 @@ def _block(q, k, v, sink, decay_q, decay_k, mask, i, j, operand_dtype):
         s = s.masked_fill(~seen, -torch.inf)
     if sink is not None:
         s = torch.cat([sink[..., None, None].expand(*s.shape[:-1], 1), s], -1)
+    if first_lse is not None:
+        s = torch.cat([first_lse[..., None], s], -1)
     empty = (s == -torch.inf).all(-1)
     lse = s.masked_fill(empty[..., None], 0.0).logsumexp(-1)
-    p = (s - lse[..., None]).exp()[..., 0 if sink is None else 1 :]
+    weights = (s - lse[..., None]).exp()
+    p = weights[..., s.shape[-1] - k.shape[-2] :]
     p = p if operand_dtype is None else p.to(operand_dtype).to(p.dtype)
-    return p @ v, lse.masked_fill(empty, -torch.inf)
+    o = p @ v if first_o is None else p @ v + weights[..., :1] * first_o
+    return o, lse.masked_fill(empty, -torch.inf)
 
 
 def _recomputed(*arguments):
@@ -201,8 +221,8 @@ def _range(mask: Mask, first: int, last: int, total: int) -> slice:
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, *, causal=True, window=None, prefix_len=0, block_size=None, chunk_rule=None,
-    sink=None, log_decay=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None, q_offset=0, head_map="gqa",
-    scale=None, operand_dtype=None,
+    sink=None, log_decay=None, alibi_slopes=None, merge=None, cu_seqlens_q=None, cu_seqlens_k=None, q_offset=0,
+    head_map="gqa", scale=None, operand_dtype=None,
 ) -> AttentionOutput:  # fmt: skip
     """`loop` by blocks of queries. Packed sequences are masked, not skipped: no bound is read by the host.
 
@@ -218,6 +238,7 @@ def chunked(
     decay_q, decay_k = _decays(decay, i, sequence_q, cu_seqlens_k, key_heads, head_map)
     if sink is not None:
         sink = _grouped(one_sink(sink, dtype)[None, None], key_heads, head_map)[..., 0]
+    taken_up = (None, None) if merge is None else tuple(_grouped(x.to(dtype), key_heads, head_map) for x in merge)
     queries = _grouped(q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale), key_heads, head_map)
     k, v = (x.to(dtype).transpose(1, 2)[:, :, None] for x in (k, v))
     outputs, lses = [], []
@@ -233,7 +254,8 @@ def chunked(
         positions_k = j[columns], None if sequence_k is None else sequence_k[columns]
         bias = (None, None) if decay is None else (decay_q[..., a:b], decay_k[..., columns])
         rows = queries[..., a:b, :], k[..., columns, :], v[..., columns, :]
-        o, lse = _recomputed(*rows, sink, *bias, masked, positions_q, positions_k, operand_dtype)
+        started = (None if x is None else x[:, :, :, a:b] for x in taken_up)
+        o, lse = _recomputed(*rows, sink, *started, *bias, masked, positions_q, positions_k, operand_dtype)
         outputs.append(o)
         lses.append(lse)
     o, lse = torch.cat(outputs, 3), torch.cat(lses, 3)
