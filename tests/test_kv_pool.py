@@ -193,6 +193,17 @@ def test_pinned_pages_stay(tmp_path):
     assert_gathered(pool, 0, torch.tensor([[3, 4], [3, -1]]))
 
 
+def test_rolling_back_unpins_what_is_no_longer_there(tmp_path):
+    pool, *_ = filled(4, device_pages=3, folder=tmp_path)
+    first = pool.snapshot()
+    pool.append(0, *rows(BATCH, 4))
+    pool.snapshot()
+    pool.pin(0, torch.tensor([0, 5]))
+    pool.roll_back(first)
+    assert pool._pages.table.pages_pinned == 1
+    assert_gathered(pool, 0, torch.tensor([[0], [0]]))
+
+
 def test_full_pool_refuses_and_keeps_everything(tmp_path):
     pool, k, v = filled(30, device_pages=16)
     before = pool.read(0)

@@ -99,7 +99,7 @@ void PageTable::close_page(int32_t handle) {
   for (int tier = 0; tier < kTiers; ++tier) release(tier, handle);
   moved_summaries_.push_back({page.stream, kNone, page.summary});
   streams_[page.stream].free_summaries.push_back(page.summary);
-  pinned_ -= page.pinned;
+  unpin(handle);
   page = Page();
   free_pages_.push_back(handle);
   --held_;
@@ -124,6 +124,11 @@ void PageTable::release(int tier, int32_t handle) {
 void PageTable::release_lower(int32_t handle) {
   release(kHost, handle);
   release(kFile, handle);
+}
+
+void PageTable::unpin(int32_t handle) {
+  pinned_ -= pages_[handle].pinned;
+  pages_[handle].pinned = false;
 }
 
 void PageTable::pin(int64_t stream, int64_t ordinal, bool pinned) {
@@ -491,7 +496,13 @@ Plan PageTable::roll_back(int64_t snapshot) {
   for (size_t s = 0; s < streams_.size(); ++s) {
     for (int32_t handle : lists[s]) ++pages_[handle].holders;
     const Handles before = std::exchange(streams_[s].pages, lists[s]);
-    for (int32_t handle : before) let_go(handle);
+    Handles kept = lists[s];
+    std::sort(kept.begin(), kept.end());
+    for (int32_t handle : before) {
+      // Another snapshot may hold a page that leaves, but nobody could name it to unpin it.
+      if (!std::binary_search(kept.begin(), kept.end(), handle)) unpin(handle);
+      let_go(handle);
+    }
     recount(streams_[s]);
   }
   return finish(std::move(plan));

@@ -150,6 +150,7 @@ class PageTable {
   int32_t open_page(int64_t stream);
   void close_page(int32_t handle);
   void let_go(int32_t handle);
+  void unpin(int32_t handle);
   int32_t assign(int tier, int32_t handle);
   void release(int tier, int32_t handle);
   void release_lower(int32_t handle);
