@@ -40,8 +40,8 @@ def filled(tokens, **options):
 
 @pytest.mark.parametrize("tiers", TIERS)
 def test_random_calls(tiers, tmp_path, full):
-    for seed in range(20 if full else 3):
-        Play(tmp_path, TIERS[tiers](tmp_path), seed).run(60 if full else 25)
+    for seed in range(30 if full else 4):
+        Play(tmp_path, TIERS[tiers](tmp_path), seed).run(80 if full else 40)
 
 
 def play_everything(folder):
@@ -303,6 +303,12 @@ K3, V3 = rows(BATCH, 3)
 def test_refusals(act, error, message):
     with pytest.raises(error, match=message):
         act()
+
+
+def test_without_the_page_tables(monkeypatch):
+    monkeypatch.setattr(_native, "host", lambda: None)
+    with pytest.raises(RuntimeError, match="KVPool: needs the page tables of memattn._host"):
+        make_pool()
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
