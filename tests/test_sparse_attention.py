@@ -19,10 +19,10 @@ from support.sparse import (
     Case,
     caught_by,
     evaluate,
-    judge,
     paged,
     run_all,
 )
+from support.sparse_judge import judge
 from support.sparse_planted import BUGS, planted
 
 from memattn import backends
@@ -55,7 +55,7 @@ def test_within_tolerance_of_truth(c, backend, device):
         actual = evaluate(functools.partial(sparse_attention, backend=backend), c.make(dtype, device))
         assert actual["o"].dtype == dtype and actual["lse"].dtype == torch.promote_types(dtype, torch.float32)
         assert all(actual[f"d{n}"].dtype == dtype for n in "qkv")
-        judge(c, dtype, actual)
+        judge(c, dtype, actual, backend)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -107,7 +107,11 @@ def test_gradcheck(c, backend, device):
 def test_poisoned_memory(backend, device):
     """Nothing is read before it is written: fresh tensors come filled with NaN."""
     op = functools.partial(sparse_attention, backend=backend)
-    cases = [c for c in CASES if c.name in ("small", "tokens", "odd blocks", "pages", "packed", "counts", "long list")]
+    cases = [
+        c
+        for c in CASES
+        if c.name in ("small", "tokens", "odd blocks", "pages", "packed", "counts", "long list", "many", "many, pages")
+    ]
     expected = [evaluate(op, c.make(device=device)) for c in cases]
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -164,7 +168,17 @@ def test_bits_do_not_depend_on_the_thread_count(dtype):
         *(
             c
             for c in CASES
-            if c.name in ("small", "long list", "long blocks", "pages across", "packed causal", "same blocks")
+            if c.name
+            in (
+                "small",
+                "long list",
+                "long blocks",
+                "pages across",
+                "packed causal",
+                "many",
+                "many, large blocks",
+                "many packed",
+            )
         ),
         Case(
             "split",
@@ -198,7 +212,7 @@ def table_errors():
     def check(c, dtype):
         judge(c, dtype, evaluate(cpu, c.make(dtype)))
 
-    few = [c for c in CASES if c.name in ("small", "tokens", "large blocks", "pages across")]
+    few = [c for c in CASES if c.name in ("small", "tokens", "large blocks", "many", "many, small pages")]
     return tables.misses(check, [(c, dtype) for c in few for dtype in (torch.float32, *HALVES)])
 
 
@@ -279,7 +293,13 @@ def op_arguments(c, grad):
 
 @needs_cpu_kernels
 @pytest.mark.parametrize(
-    "c", [replace(SMALL, sinks=0), Case("pages", tokens=48, pages=12, counts=True), CASES[-6]], ids=lambda c: c.name
+    "c",
+    [
+        replace(SMALL, sinks=0),
+        Case("pages", tokens=48, pages=12, counts=True),
+        Case("packed", lengths=((20, 40), (3, 50)), unit=16, positions=True),
+    ],
+    ids=lambda c: c.name,
 )
 def test_opcheck(c):
     for grad in (True, False) if c.name == "small" else (False,):

@@ -60,10 +60,12 @@ class Forward {
         o_(o),
         lse_(static_cast<Acc*>(lse)),
         step_(std::max<int64_t>(1, kSpan / a.unit)),
-        spans_((a.entries + step_ - 1) / step_) {}
+        spans_((a.entries + step_ - 1) / step_),
+        rows_(a.rows_by_lists()) {}
 
   void run(int64_t threads) {
-    const int64_t lists = a_.rows() * a_.key_heads;
+    const int64_t lists = static_cast<int64_t>(rows_.size()) * a_.key_heads;
+    if (lists == 0) return;
     const int64_t tokens = std::min(a_.entries * a_.unit, longest());
     const int64_t traffic = lists * tokens * (a_.key_dim + a_.value_dim) * bytes_of(a_.element);
     threads = std::clamp<int64_t>(traffic / kBytesWorthAThread, 1, threads);
@@ -100,8 +102,8 @@ class Forward {
 
  private:
   // List i is that of a key head and a query row: neighbouring queries read the same tokens.
-  int64_t row_of(int64_t i) const { return i % a_.rows(); }
-  int64_t key_head_of(int64_t i) const { return i / a_.rows(); }
+  int64_t row_of(int64_t i) const { return rows_[i % rows_.size()]; }
+  int64_t key_head_of(int64_t i) const { return i / static_cast<int64_t>(rows_.size()); }
 
   int64_t longest() const {
     int64_t most = 0;
@@ -191,6 +193,7 @@ class Forward {
   void* o_;
   Acc* lse_;
   const int64_t step_, spans_;  // entries of a span; spans of a list
+  const std::vector<int64_t> rows_;  // that go list by list
 };
 
 std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, std::optional<Tensor> counts,
@@ -205,6 +208,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor
   with_primitives(q.scalar_type(), [&](const auto& isa) {
     Forward(a, isa, o.mutable_data_ptr(), lse.mutable_data_ptr()).run(torch::stable::get_num_threads());
   });
+  attend_blocks(a, q.scalar_type(), o.mutable_data_ptr(), lse.mutable_data_ptr());
   return {o, lse};
 }
 

@@ -16,6 +16,21 @@ struct TokenRun {
   int count, entry;
 };
 
+struct TokenRange {
+  int64_t begin, end;
+};
+
+// Up to kTokens tokens.
+struct TokenTile {
+  int runs = 0, tokens = 0;
+  TokenRun run[kTokens];
+
+  void add(TokenRun more) {
+    run[runs++] = more;
+    tokens += more.count;
+  }
+};
+
 // Where token j of sequence n lies: in the rows of the sequence, or on page j / page_size of its line of the table.
 struct TokenMemory {
   SequenceLayout rows;
@@ -31,6 +46,14 @@ struct TokenMemory {
     const int64_t page = page_table[n * max_pages + begin / page_size], within = begin % page_size;
     const int count = static_cast<int>(std::min(end - begin, page_size - within));
     return {page < 0 || page >= pages ? -1 : page * page_size + within, count, 0};
+  }
+
+  // Moves the first tokens of a range, those of one run, into the tile.
+  void take(TokenTile& tile, int64_t n, TokenRange& tokens, int entry) const {
+    TokenRun next = run(n, tokens.begin, std::min(tokens.end, tokens.begin + (kTokens - tile.tokens)));
+    tokens.begin += next.count;
+    next.entry = entry;
+    if (next.row >= 0) tile.add(next);
   }
 };
 
@@ -57,15 +80,23 @@ struct SparseAttention {
   int64_t used(int64_t row, int64_t key_head) const {
     return counts ? std::clamp<int64_t>(counts[list(row, key_head)], 0, entries) : entries;
   }
-  // Tokens begin..end of what an entry of the list of this query row names, as far as it sees them.
-  struct Range {
-    int64_t begin, end;
-  };
-  Range tokens(int64_t row, int64_t index) const {
+  // Tokens of what an entry of the list of this query row names, as far as it sees them.
+  TokenRange tokens(int64_t row, int64_t index) const {
     const int64_t length = memory.length(sequence[row]);
     const int64_t seen = last.empty() ? length : std::clamp<int64_t>(last[row], -1, length - 1) + 1;
     if (index < 0 || index >= (seen + unit - 1) / unit) return {0, 0};
     return {index * unit, std::min(index * unit + unit, seen)};
+  }
+
+  // Whether the queries of a sequence are so many, and blocks so large, that products pay: blocks are then visited in
+  // turn, each with all the queries that name it. Else lists are, token by token.
+  bool by_blocks(int64_t n) const { return unit >= 16 && queries.length(n) >= 16; }
+  std::vector<int64_t> rows_by_lists() const {
+    std::vector<int64_t> chosen;
+    for (int64_t row = 0; row < rows(); ++row) {
+      if (!by_blocks(sequence[row])) chosen.push_back(row);
+    }
+    return chosen;
   }
 
   template <class Acc>
@@ -81,6 +112,9 @@ SparseAttention read_sparse_arguments(const char* op, const Tensor& q, const Ten
                                       const std::optional<Tensor>& cu_seqlens_q,
                                       const std::optional<Tensor>& cu_seqlens_k, int64_t unit, double scale);
 
+// Forward of the sequences that go by blocks.
+void attend_blocks(const SparseAttention& a, ScalarType type, void* o, void* lse);
+
 struct SparseSizes {
   int unit, group, key_dim, value_dim;  // dims padded to whole vectors
   int ld_key, ld_value, ld_scores;
@@ -95,17 +129,6 @@ struct SparseSizes {
         ld_scores(leading(kTokens)) {}
 };
 
-// Up to kTokens tokens of a list.
-struct TokenTile {
-  int runs = 0, tokens = 0;
-  TokenRun run[kTokens];
-
-  void add(TokenRun more) {
-    run[runs++] = more;
-    tokens += more.count;
-  }
-};
-
 // Passes over the tokens that entries begin..end of a list name, in their order.
 class TokenCursor {
  public:
@@ -116,11 +139,7 @@ class TokenCursor {
   void fill(TokenTile& tile) {
     tile.runs = tile.tokens = 0;
     while (tile.tokens < kTokens && (tokens_.begin < tokens_.end || advance())) {
-      TokenRun run = a_.memory.run(a_.sequence[row_], tokens_.begin,
-                                   std::min(tokens_.end, tokens_.begin + (kTokens - tile.tokens)));
-      tokens_.begin += run.count;
-      run.entry = static_cast<int>(entry_);
-      if (run.row >= 0) tile.add(run);
+      a_.memory.take(tile, a_.sequence[row_], tokens_, static_cast<int>(entry_));
     }
   }
 
@@ -138,7 +157,7 @@ class TokenCursor {
   const int64_t row_;
   const int32_t* list_;
   int64_t entry_, end_;
-  SparseAttention::Range tokens_{0, 0};
+  TokenRange tokens_{0, 0};
 };
 
 // One head's rows of k or v: copied by tiles into x [kTokens, ld], while the same rows of the next tile are asked for.

@@ -236,7 +236,7 @@ def sparse_attention(
 
     Returns AttentionOutput(o [B, S, HQ, V] in q's dtype, lse [B, S, HQ] natural log, float32). A row whose list names
     nothing it sees gives o = 0, lse = −inf (of sinks: their log-sum) and no gradient. Differentiable once, through o
-    and lse, in q, k, v, bias and sink. NaN and inf reach exactly the rows whose lists name the token.
+    and lse, in q, k, v, bias and sink. NaN and inf reach only rows whose lists name the token or its block.
 
     Raises ValueError (shapes, values, combinations without meaning), TypeError (dtypes), BackendError.
     """
