@@ -35,6 +35,8 @@ OPS = (
     "segment_memory",
     "topk",
     "knn",
+    "block_summary",
+    "block_scores",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -405,6 +405,23 @@ def nearest(draw: Draw) -> Iterator[Call]:
     }, frozenset({("q", 1), ("q", 2), ("keys", 1), ("keys", 2)}))  # fmt: skip
 
 
+def summarised(draw: Draw) -> Iterator[Call]:
+    batch, tokens, block = draw.one_of((1, 2)), draw.one_of(LENGTHS), draw.one_of((1, 7, 64))
+    heads, dim = draw.one_of((1, 3)), draw.one_of(DIMS)
+    begins = torch.arange(0, max(tokens, 1), block)
+    forward = Call("block_summary_cpu", {
+        "k": draw.normal(batch, tokens, heads, dim), "begins": begins, "ends": (begins + block).clamp_max(tokens),
+        "lengths": torch.randint(0, tokens + 1, (batch,), generator=draw.noise), "mode": 0,
+    }, frozenset({("k", 1), ("k", 2), ("k", 3)}))  # fmt: skip
+    yield forward
+    yield replace(forward, arguments={**forward.arguments, "mode": draw.one_of((1, 2))})
+    yield backward_of(forward, draw, ("", ""), {"dvalues": 0}, (("k", 1),))
+    key_heads, query_heads = draw.heads()
+    r = draw.normal(batch, tokens, key_heads, dim)
+    yield Call("block_product_cpu", {"q": draw.state(batch, 2, query_heads, dim), "r": r},
+               frozenset({("q", 1), ("q", 2), ("r", 1), ("r", 2)}))  # fmt: skip
+
+
 def listed(draw: Draw) -> Iterator[Call]:
     batch, tokens, bounds, _ = draw.sequences()
     key_heads, heads = draw.heads()
@@ -446,7 +463,8 @@ def joining(draw: Draw) -> Iterator[Call]:
 
 
 FAMILIES = (
-    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest, listed,
+    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest, summarised,
+    listed,
 )  # fmt: skip
 
 

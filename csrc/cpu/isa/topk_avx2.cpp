@@ -18,6 +18,7 @@ const Table<float> kTopkAvx2 = {{avx2::from_bfloat16, avx2::from_half, avx2::to_
                                 avx2::append<float>,
                                 avx2::above<float>,
                                 avx2::below<float>,
+                                avx2::extend<float>,
                                 avx2::exceeding<float>};
 }  // namespace memattn::topk
 #endif

@@ -88,6 +88,7 @@ const Table<float> kTopkAvx512 = {{avx512::from_bfloat16, avx512::from_half, avx
                                   avx512::compress,
                                   avx512::part<_CMP_GT_OQ>,
                                   avx512::part<_CMP_LT_OQ>,
+                                  avx512::extend<float>,
                                   avx512::compress_offsets};
 }  // namespace memattn::topk
 #endif

@@ -18,9 +18,11 @@ const Table<float> kTopkPortable = {
     portable::append<float>,
     portable::above<float>,
     portable::below<float>,
+    portable::extend<float>,
     portable::exceeding<float>};
 static const Table<double> kTopkPortableDouble = {
     {}, portable::keep_larger<double>, portable::append<double>, portable::above<double>, portable::below<double>,
+    portable::extend<double>,
     portable::exceeding<double>};
 
 template <>

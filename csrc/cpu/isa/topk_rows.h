@@ -1,4 +1,4 @@
-// Row primitives of top-k selection: the loops over scores, filled once per instruction set. A: float or double.
+// Row primitives of selection and of block summaries, filled once per instruction set. A: float or double.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,7 @@ struct Table : rows::Conversions<A> {
   // What lies above or below a pivot, in order; returns how many. `out` may be x, and has room for 16 more.
   int64_t (*above)(A* out, const A* x, int64_t n, A pivot);
   int64_t (*below)(A* out, const A* x, int64_t n, A pivot);
+  void (*extend)(A* least, A* most, const A* x, int64_t n);  // to take in x; a NaN stays
   // Offsets of what exceeds its column's cut, row by row; returns how many. cols is a multiple of 16.
   int64_t (*exceeding)(int32_t* offsets, const A* x, int ld, int rows, int cols, const A* cuts);
 };

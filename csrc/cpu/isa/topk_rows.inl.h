@@ -66,6 +66,15 @@ int64_t below(A* out, const A* x, int64_t n, A pivot) {
 }
 
 template <class A>
+void extend(A* __restrict least, A* __restrict most, const A* __restrict x, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const A value = x[j];
+    least[j] = !(value >= least[j]) && least[j] == least[j] ? value : least[j];
+    most[j] = !(value <= most[j]) && most[j] == most[j] ? value : most[j];
+  }
+}
+
+template <class A>
 int64_t exceeding(int32_t* __restrict offsets, const A* __restrict x, int ld, int rows, int cols,
                   const A* __restrict cuts) {
   constexpr int block = 16;

@@ -2,6 +2,8 @@
 
 from memattn.ops.attention import AttentionOutput, attention
 from memattn.ops.attention_decode import attention_decode
+from memattn.ops.block_scores import block_scores
+from memattn.ops.block_summary import BlockSummary, block_summary
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
@@ -11,6 +13,7 @@ from memattn.ops.memory_recall import memory_recall
 from memattn.ops.merge_states import gated_combine, merge_states
 from memattn.ops.rat_attention import RATState, rat_attention, rat_attention_step
 from memattn.ops.segment_memory import segment_memory, segment_memory_step
+from memattn.ops.sign_codes import sign_codes
 from memattn.ops.slot_gate import slot_gate
 from memattn.ops.slot_write import slot_write
 from memattn.ops.sparse_attention import sparse_attention
@@ -18,11 +21,14 @@ from memattn.ops.topk import TopK, topk
 
 __all__ = [
     "AttentionOutput",
+    "BlockSummary",
     "KNNAttention",
     "RATState",
     "TopK",
     "attention",
     "attention_decode",
+    "block_scores",
+    "block_summary",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_combine",
@@ -40,6 +46,7 @@ __all__ = [
     "rat_attention_step",
     "segment_memory",
     "segment_memory_step",
+    "sign_codes",
     "slot_gate",
     "slot_write",
     "sparse_attention",
