@@ -463,8 +463,8 @@ def joining(draw: Draw) -> Iterator[Call]:
 
 
 FAMILIES = (
-    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest, summarised,
-    listed,
+    delta_rule, linear, convolution, scan, softmax, decode, rat, segments, slots, joining, selection, nearest,
+    summarised, listed,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.block_recurrent import BlockRecurrentAttention
+from memattn.nn.block_retrieval import BlockMemory
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.forgetting_attention import ForgettingAttention
@@ -15,6 +16,7 @@ from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.mixture_of_block_attention import MixtureOfBlockAttention
 from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
 from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
@@ -25,6 +27,7 @@ from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
     "AssociativeRecurrentMemory",
+    "BlockMemory",
     "BlockRecurrentAttention",
     "DeltaNet",
     "DeltaRuleState",
@@ -41,6 +44,7 @@ __all__ = [
     "LizardState",
     "Memformer",
     "MemoryTokensState",
+    "MixtureOfBlockAttention",
     "MultivariateInfiniAttention",
     "RAT",
     "RATPlus",

@@ -1,0 +1,239 @@
+"""Layers that choose blocks or tokens of a growing memory: the published equations, and what every layer promises."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from support import layers
+from support.layers import Subject
+from torch.nn import functional as F
+
+from memattn.nn import MixtureOfBlockAttention
+
+EMBED, BLOCK = 48, 4
+
+
+def moba(**settings):
+    settings = {"block_size": BLOCK, "top_blocks": 2, **settings}
+    return lambda **kw: MixtureOfBlockAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
+
+
+def without_heads(settings):
+    return {name: value for name, value in settings.items() if name != "heads"}
+
+
+GROUPED = {"heads": 4, "head_dim": 16, "num_kv_heads": 2}
+OPTIONS = {"max_tokens": 64}
+
+SUBJECTS = {
+    "moba": Subject(moba(), EMBED, state_options=OPTIONS),
+    "grouped moba": Subject(moba(**GROUPED, rope_base=None, qk_norm=True), EMBED, state_options=OPTIONS),
+}
+VARIANTS = ("grouped moba",)
+ARITHMETIC = ("prefill_then_step_equals_one_call", "padded_rows_equal_their_runs_alone", "step_on_a_pool_of_states")
+
+
+@pytest.fixture(autouse=True)
+def on_device(device):
+    """Layers and inputs are made where --device says."""
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("check", layers.CHECKS)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_promises(name, check, full):
+    if name in VARIANTS and check not in ARITHMETIC and not full:
+        pytest.skip("--full: variants of a layer in every check")
+    layers.run(check, SUBJECTS[name])
+
+
+# --- what they compute: one dense mask per branch, in float64 ---------------------------------------------------------
+
+
+def heads_of(layer, x):
+    """q [B, HQ, T, D] and k, v [B, HQ, T, D], turned and repeated for the heads of a group."""
+    p = {n: w.to(x.dtype) for n, w in layer.named_parameters()}
+    hq, hkv, dim, tokens = layer.num_heads, layer.num_kv_heads, layer.head_dim, x.shape[1]
+    z = F.linear(x, p["qkv_proj.weight"], p.get("qkv_proj.bias"))
+    q, k, v = z.split([hq * dim, hkv * dim, hkv * dim], -1)
+    q, k, v = (y.unflatten(-1, (-1, dim)).transpose(1, 2) for y in (q, k, v))
+    if "q_norm.weight" in p:
+        q, k = (
+            y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * p[w]
+            for y, w in ((q, "q_norm.weight"), (k, "k_norm.weight"))
+        )
+    if layer.rope_base is not None:
+        q, k = (turned(y, torch.arange(tokens), layer.rope_base) for y in (q, k))
+    k, v = (y.repeat_interleave(hq // hkv, 1) for y in (k, v))
+    return q, k, v
+
+
+def turned(y, positions, base):
+    half = y.shape[-1] // 2
+    frequency = torch.tensor([base ** (-d / half) for d in range(half)], dtype=y.dtype)
+    turn = torch.polar(torch.ones((), dtype=y.dtype), positions[:, None].to(y.dtype) * frequency)
+    z = torch.complex(y[..., :half], y[..., half:]) * turn
+    return torch.cat([z.real, z.imag], -1)
+
+
+def masked_attention(q, k, v, mask):
+    """mask [..., T, T]; a row that sees nothing gives 0."""
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return s.softmax(-1).nan_to_num(0.0) @ v
+
+
+def best(scores, forced, n):
+    """bool [..., N] of the n largest, forced ones first, −inf never."""
+    scores = scores.masked_fill(forced, torch.inf)
+    chosen = torch.zeros_like(forced).scatter(-1, scores.topk(min(n, scores.shape[-1]), -1).indices, True)
+    return chosen & (scores > -torch.inf)
+
+
+def tokens_of(blocks, size, tokens):
+    """Mask over blocks [..., N] as one over tokens, causal."""
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    return blocks.repeat_interleave(size, -1)[..., :tokens] & causal
+
+
+def out(layer, o):
+    return F.linear(o.transpose(1, 2).flatten(2), layer.out_proj.weight.to(o.dtype))
+
+
+def published_moba(layer, x):
+    q, k, v = heads_of(layer, x)
+    size, tokens, t = layer.block, x.shape[1], torch.arange(x.shape[1])
+    count = -(-tokens // size)
+    means = torch.stack([k[:, :, j * size : (j + 1) * size].mean(2) for j in range(count)], 2)
+    own = (t // size)[:, None] == torch.arange(count)
+    past = (t // size)[:, None] > torch.arange(count)
+    full = (torch.arange(count) * size + size <= t[:, None] + 1) & own  # its last token may count the own block
+    scores = (q @ means.mT).masked_fill(~(past | full), -torch.inf)
+    chosen = best(scores, own.expand_as(scores), layer.top_blocks)
+    return out(layer, masked_attention(q, k, v, tokens_of(chosen, size, tokens)))
+
+
+PUBLISHED = {MixtureOfBlockAttention: published_moba}
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_published_equations_and_gradients(name):
+    layer, x = layers.fresh(SUBJECTS[name]).double(), layers.draw(2, 37, EMBED, dtype=torch.float64).requires_grad_()
+    truth = PUBLISHED[type(layer)](layer, x)
+    weights = layers.draw(*x.shape, seed=3, dtype=torch.float64)
+    wanted = torch.autograd.grad((truth * weights).sum(), [x, *layer.parameters()], allow_unused=True)
+    y = layer(x)
+    layers.close(y, truth, 1e-12)
+    found = torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()], allow_unused=True)
+    for actual, expected in zip(found, wanted, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            layers.close(actual, expected, 1e-10)
+
+
+FULL_BUDGET = {"moba": moba(top_blocks=10), "grouped moba": moba(**GROUPED, top_blocks=10)}
+
+
+@pytest.mark.parametrize("name", FULL_BUDGET)
+def test_a_full_budget_is_causal_attention(name):
+    layer = layers.fresh(Subject(FULL_BUDGET[name], EMBED)).double()
+    x = layers.draw(2, 37, EMBED, dtype=torch.float64)
+    causal = torch.ones(37, 37, dtype=torch.bool).tril()
+    with torch.no_grad():
+        layers.close(layer(x), out(layer, masked_attention(*heads_of(layer, x), causal)), 1e-12)
+
+
+# --- needles ----------------------------------------------------------------------------------------------------------
+
+
+def needle_layer(make):
+    """One head that copies: queries and keys are the first 16 channels of x, values the next 16."""
+    layer = make().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        eye = torch.eye(16)
+        for row, column in ((0, 0), (16, 0), (32, 16)):
+            layer.qkv_proj.weight[row : row + 16, column : column + 16] = eye
+        layer.out_proj.weight[:16, :16] = eye
+    return layer
+
+
+NEEDLES = {
+    "moba": lambda: MixtureOfBlockAttention(EMBED, 1, head_dim=16, block_size=BLOCK, top_blocks=2, rope_base=None),
+}
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_a_needle_is_found_at_every_depth(name):
+    """The question, the last token, matches one key of 96; decoding from a prefilled memory gives the same."""
+    layer, tokens = needle_layer(NEEDLES[name]), 96
+    question, answer = 24 * F.normalize(layers.draw(16), dim=0), layers.draw(16, seed=4)
+    with torch.no_grad():
+        for depth in range(0, tokens - 1, 5):
+            x = 0.1 * layers.draw(1, tokens, EMBED, seed=2)
+            x[0, depth, :16], x[0, depth, 16:32], x[0, -1, :16] = question, answer, question
+            x[0, -1, 16:32] = answer  # its own key matches too
+            y, (_, state) = layer(x), layer(x[:, :-1], return_state=True)
+            layers.close(y[0, -1, :16], answer, 1e-2, f"depth {depth}:")
+            without = x.clone()
+            without[0, depth, 16:32] = -answer
+            assert layer(without)[0, -1, :16].norm() < 1e-2 * answer.norm(), "half of it is this, half its own"
+            layers.close(layer.step(x[:, -1:], state)[0], y[:, -1:], 1e-5)
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def test_summaries_of_a_state_are_those_of_its_blocks():
+    """Kept step by step, by calls and in a cache that grows: the same means, of full blocks alone."""
+    layer, x = layers.fresh(SUBJECTS["moba"]), layers.draw(2, 90, EMBED)
+    with torch.no_grad():
+        _, whole = layer(x, return_state=True)
+        stepped = layer.init_state(2)
+        for part in x.split(7, 1):
+            layer.step(part, stepped)
+    means = whole.cache.k[:, :88].unflatten(1, (22, BLOCK)).mean(2)
+    layers.close(whole.summaries[:, :22], means, 1e-6)
+    layers.close(stepped.summaries[:, :22], means, 1e-6)
+    assert stepped.summaries.shape[1] == -(-stepped.cache.capacity // BLOCK) and stepped.length.tolist() == [90, 90]
+
+
+def test_a_copy_goes_into_a_larger_memory_and_not_into_a_smaller_one():
+    layer, x = layers.fresh(SUBJECTS["moba"]), layers.draw(2, 30, EMBED)
+    with torch.no_grad():
+        _, state = layer(x, return_state=True)
+        large = layer.init_state(2, max_tokens=100)
+        assert large.copy_(state) is large
+        layers.close(layer(x, large), layer(x, state), 5e-6)
+    with pytest.raises(ValueError, match="other holds 30 tokens; expected at most 10"):
+        layer.init_state(2, max_tokens=10).copy_(state)
+    with pytest.raises(TypeError, match="other is KVCache; expected BlockMemory"):
+        state.copy_(state.cache)
+
+
+def test_deep_copies_train_apart():
+    layer = layers.fresh(SUBJECTS["moba"])
+    other = copy.deepcopy(layer)
+    layer(layers.draw(1, 9, EMBED)).sum().backward()
+    assert all(p.grad is None for p in other.parameters())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (moba(block_size=0), "MixtureOfBlockAttention: block_size is 0; expected at least 1"),
+        (moba(top_blocks=0), "MixtureOfBlockAttention: top_blocks is 0; expected at least 1"),
+        (moba(top_blocks=5000), "MixtureOfBlockAttention: top_blocks is 5000; allowed: 1..4096"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_page_runs():
+    """The code of docs/block_retrieval.md runs, and its assertions hold."""
+    layers.run_page(Path(__file__).parent.parent / "docs" / "block_retrieval.md", blocks=1)
