@@ -9,7 +9,7 @@ from support import layers
 from support.layers import Subject
 from torch.nn import functional as F
 
-from memattn.nn import MixtureOfBlockAttention
+from memattn.nn import MixtureOfBlockAttention, NativeSparseAttention
 
 EMBED, BLOCK = 48, 4
 
@@ -19,18 +19,28 @@ def moba(**settings):
     return lambda **kw: MixtureOfBlockAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
 
 
+def nsa(**settings):
+    settings = {**SMALL_NSA, **settings}
+    return lambda **kw: NativeSparseAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
+
+
 def without_heads(settings):
     return {name: value for name, value in settings.items() if name != "heads"}
 
 
+SMALL_NSA = {
+    "compressed_block": 4, "compressed_stride": 2, "block_size": 4, "top_blocks": 3, "last_blocks": 1, "window": 5
+}  # fmt: skip
 GROUPED = {"heads": 4, "head_dim": 16, "num_kv_heads": 2}
 OPTIONS = {"max_tokens": 64}
 
 SUBJECTS = {
     "moba": Subject(moba(), EMBED, state_options=OPTIONS),
     "grouped moba": Subject(moba(**GROUPED, rope_base=None, qk_norm=True), EMBED, state_options=OPTIONS),
+    "nsa": Subject(nsa(compression="mlp"), EMBED, state_options=OPTIONS),
+    "grouped nsa": Subject(nsa(**GROUPED, block_size=8, first_blocks=0), EMBED, state_options=OPTIONS),
 }
-VARIANTS = ("grouped moba",)
+VARIANTS = ("grouped moba", "grouped nsa")
 ARITHMETIC = ("prefill_then_step_equals_one_call", "padded_rows_equal_their_runs_alone", "step_on_a_pool_of_states")
 
 
@@ -115,7 +125,54 @@ def published_moba(layer, x):
     return out(layer, masked_attention(q, k, v, tokens_of(chosen, size, tokens)))
 
 
-PUBLISHED = {MixtureOfBlockAttention: published_moba}
+def compressed(phi, x, size, stride):
+    """Of full blocks of x [B, H, T, D]: [B, H, N, D]."""
+    starts = range(0, x.shape[2] - size + 1, stride)
+    return torch.stack([phi(x[:, :, a : a + size]) for a in starts], 2)
+
+
+def phi_of(layer, which):
+    """The map of one block [B, H, l, D] → [B, H, D], for query heads."""
+    module = getattr(layer, f"compress_{which}")
+    if module is None:
+        return lambda x: x.mean(2)
+
+    def mlp(x):
+        e = module.positions.transpose(0, 1).repeat_interleave(layer.num_heads // layer.num_kv_heads, 0)
+        hidden = F.linear((x + e).flatten(2), module.hidden.weight, module.hidden.bias)
+        return F.linear(hidden.relu(), module.out.weight, module.out.bias)
+
+    return mlp
+
+
+def published_nsa(layer, x):
+    """Equations 7 to 12 of the paper, the importance of equation 9 by counting shared strides one by one."""
+    q, k, v = heads_of(layer, x)
+    tokens, t = x.shape[1], torch.arange(x.shape[1])[:, None]
+    size, stride, wide, group = layer.block, layer.stride, layer.block_size, layer.num_heads // layer.num_kv_heads
+    short_k, short_v = (compressed(phi_of(layer, n), y, size, stride) for n, y in (("k", k), ("v", v)))
+    ends = torch.arange(short_k.shape[2]) * stride + size
+    s = (q @ short_k.mT * layer.head_dim**-0.5).masked_fill(ends > t + 1, -torch.inf)
+    p = s.softmax(-1).nan_to_num(0.0)
+    count = -(-tokens // wide)
+    omega = torch.zeros(len(ends), count, dtype=x.dtype)
+    for i in range(len(ends)):
+        for j in range(count):
+            mine = range(i * stride, i * stride + size, stride)
+            omega[i, j] = sum(j * wide <= a < (j + 1) * wide for a in mine)
+    importance = (p @ omega).unflatten(1, (-1, group)).sum(2)
+    own, block = t // wide, torch.arange(count)
+    forced = (block < layer.first_blocks) | (block > own - layer.last_blocks)
+    importance = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    chosen = best(importance, torch.zeros_like(importance, dtype=torch.bool), layer.top_blocks)
+    chosen = tokens_of(chosen, wide, tokens).repeat_interleave(group, 1)
+    near = (t >= t.T) & (t - t.T < layer.window)
+    branches = p @ short_v, masked_attention(q, k, v, chosen), masked_attention(q, k, v, near)
+    gates = F.linear(x, layer.gate_proj.weight).sigmoid().unflatten(-1, (layer.num_heads, 3)).transpose(1, 2)
+    return out(layer, sum(gates[..., c, None] * o for c, o in enumerate(branches)))
+
+
+PUBLISHED = {MixtureOfBlockAttention: published_moba, NativeSparseAttention: published_nsa}
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -145,6 +202,23 @@ def test_a_full_budget_is_causal_attention(name):
         layers.close(layer(x), out(layer, masked_attention(*heads_of(layer, x), causal)), 1e-12)
 
 
+def test_nsa_branches_with_full_budgets():
+    """All blocks selected, and a window over all: those two branches are causal attention, each with its gate."""
+    layer = layers.fresh(Subject(nsa(top_blocks=10, window=100), EMBED)).double()
+    x = layers.draw(2, 37, EMBED, dtype=torch.float64)
+    causal = torch.ones(37, 37, dtype=torch.bool).tril()
+    with torch.no_grad():
+        layer.gate_proj.weight[0::3] = 0
+        dense = masked_attention(*heads_of(layer, x), causal)
+        gates = F.linear(x, layer.gate_proj.weight).sigmoid().unflatten(-1, (3, 3)).transpose(1, 2)
+        q, k, v = heads_of(layer, x)
+        short_k, short_v = (compressed(phi_of(layer, "k"), y, 4, 2) for y in (k, v))
+        ends = torch.arange(short_k.shape[2]) * 2 + 4
+        s = (q @ short_k.mT * 0.25).masked_fill(ends > torch.arange(37)[:, None] + 1, -torch.inf)
+        o = 0.5 * s.softmax(-1).nan_to_num(0.0) @ short_v + (gates[..., 1, None] + gates[..., 2, None]) * dense
+        layers.close(layer(x), out(layer, o), 1e-12)
+
+
 # --- needles ----------------------------------------------------------------------------------------------------------
 
 
@@ -158,11 +232,14 @@ def needle_layer(make):
         for row, column in ((0, 0), (16, 0), (32, 16)):
             layer.qkv_proj.weight[row : row + 16, column : column + 16] = eye
         layer.out_proj.weight[:16, :16] = eye
+        if isinstance(layer, NativeSparseAttention):  # the last channel of x is 1: only the selected branch is open
+            layer.gate_proj.weight[:, -1] = torch.tensor([-50.0, 50.0, -50.0])
     return layer
 
 
 NEEDLES = {
     "moba": lambda: MixtureOfBlockAttention(EMBED, 1, head_dim=16, block_size=BLOCK, top_blocks=2, rope_base=None),
+    "nsa": lambda: NativeSparseAttention(EMBED, 1, head_dim=16, rope_base=None, **SMALL_NSA),
 }
 
 
@@ -175,6 +252,7 @@ def test_a_needle_is_found_at_every_depth(name):
         for depth in range(0, tokens - 1, 5):
             x = 0.1 * layers.draw(1, tokens, EMBED, seed=2)
             x[0, depth, :16], x[0, depth, 16:32], x[0, -1, :16] = question, answer, question
+            x[..., -1] = 1
             x[0, -1, 16:32] = answer  # its own key matches too
             y, (_, state) = layer(x), layer(x[:, :-1], return_state=True)
             layers.close(y[0, -1, :16], answer, 1e-2, f"depth {depth}:")
@@ -226,6 +304,12 @@ def test_deep_copies_train_apart():
     [
         (moba(block_size=0), "MixtureOfBlockAttention: block_size is 0; expected at least 1"),
         (moba(top_blocks=0), "MixtureOfBlockAttention: top_blocks is 0; expected at least 1"),
+        (nsa(block_size=7), "block_size is 7; expected a multiple of compressed_stride 2"),
+        (nsa(compressed_block=5), "compressed_block is 5; expected a multiple of compressed_stride 2"),
+        (nsa(last_blocks=0), "last_blocks 0; expected at least 0 and 1, together at most top_blocks 3"),
+        (nsa(first_blocks=3), "first_blocks is 3, last_blocks 1; expected at least 0 and 1, together at most"),
+        (nsa(compression="max"), r"compression is 'max'; allowed: \('mean', 'mlp'\)"),
+        (nsa(window=0), "window is 0; expected at least 1"),
         (moba(top_blocks=5000), "MixtureOfBlockAttention: top_blocks is 5000; allowed: 1..4096"),
     ],
 )

@@ -18,6 +18,7 @@ from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.mixture_of_block_attention import MixtureOfBlockAttention
 from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
+from memattn.nn.native_sparse_attention import NativeSparseAttention
 from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
@@ -46,6 +47,7 @@ __all__ = [
     "MemoryTokensState",
     "MixtureOfBlockAttention",
     "MultivariateInfiniAttention",
+    "NativeSparseAttention",
     "RAT",
     "RATPlus",
     "RecurrentMemory",
