@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from support import layers
-from support.layers import Subject
+from support.layers import Lacks, Subject
 from torch.nn import functional as F
 
-from memattn.nn import MixtureOfBlockAttention, NativeSparseAttention
+from memattn.nn import LightningIndexerAttention, MixtureOfBlockAttention, NativeSparseAttention, QuestAttention
 
 EMBED, BLOCK = 48, 4
 
@@ -24,6 +24,16 @@ def nsa(**settings):
     return lambda **kw: NativeSparseAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
 
 
+def quest(**settings):
+    settings = {"page_size": BLOCK, "top_pages": 2, **settings}
+    return lambda **kw: QuestAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
+
+
+def indexer(**settings):
+    settings = {"index_heads": 2, "index_dim": 8, "top_tokens": 5, **settings}
+    return lambda **kw: LightningIndexerAttention(EMBED, settings.get("heads", 3), **without_heads(settings), **kw)
+
+
 def without_heads(settings):
     return {name: value for name, value in settings.items() if name != "heads"}
 
@@ -34,13 +44,23 @@ SMALL_NSA = {
 GROUPED = {"heads": 4, "head_dim": 16, "num_kv_heads": 2}
 OPTIONS = {"max_tokens": 64}
 
+INDEXER = ("index_q_proj.weight", "index_k_proj.weight", "index_norm.weight", "index_norm.bias", "weight_proj.weight")
+CHOICE = "rounding decides between tokens that score alike; tested where all are chosen"
+
 SUBJECTS = {
     "moba": Subject(moba(), EMBED, state_options=OPTIONS),
     "grouped moba": Subject(moba(**GROUPED, rope_base=None, qk_norm=True), EMBED, state_options=OPTIONS),
     "nsa": Subject(nsa(compression="mlp"), EMBED, state_options=OPTIONS),
     "grouped nsa": Subject(nsa(**GROUPED, block_size=8, first_blocks=0), EMBED, state_options=OPTIONS),
+    "quest": Subject(quest(**GROUPED), EMBED, state_options=OPTIONS),
+    "quest by groups": Subject(
+        quest(**GROUPED, per_group=True, rope_base=None, bias=True), EMBED, state_options=OPTIONS
+    ),
+    "indexer": Subject(indexer(), EMBED, 8, Lacks(bfloat16=CHOICE), OPTIONS, INDEXER),
+    "grouped indexer": Subject(indexer(**GROUPED, rope_base=None), EMBED, state_options=OPTIONS, no_gradient=INDEXER),
 }
-VARIANTS = ("grouped moba", "grouped nsa")
+VARIANTS = ("grouped moba", "grouped nsa", "quest by groups", "grouped indexer")
+COMPILED = ("nsa", "indexer")
 ARITHMETIC = ("prefill_then_step_equals_one_call", "padded_rows_equal_their_runs_alone", "step_on_a_pool_of_states")
 
 
@@ -57,6 +77,8 @@ def on_device(device):
 def test_promises(name, check, full):
     if name in VARIANTS and check not in ARITHMETIC and not full:
         pytest.skip("--full: variants of a layer in every check")
+    if "compile" in check and name not in COMPILED and not full:
+        pytest.skip("--full: compiling layers whose steps NativeSparseAttention takes too")
     layers.run(check, SUBJECTS[name])
 
 
@@ -96,20 +118,21 @@ def masked_attention(q, k, v, mask):
 
 
 def best(scores, forced, n):
-    """bool [..., N] of the n largest, forced ones first, −inf never."""
+    """bool [..., N] of the n largest, the first of equal ones, forced ones before all, −inf never."""
     scores = scores.masked_fill(forced, torch.inf)
-    chosen = torch.zeros_like(forced).scatter(-1, scores.topk(min(n, scores.shape[-1]), -1).indices, True)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    chosen = torch.zeros_like(forced).scatter(-1, order, True)
     return chosen & (scores > -torch.inf)
 
 
 def tokens_of(blocks, size, tokens):
     """Mask over blocks [..., N] as one over tokens, causal."""
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    return blocks.repeat_interleave(size, -1)[..., :tokens] & causal
+    return blocks.repeat_interleave(size, -1)[..., :tokens] & causal(tokens)
 
 
 def out(layer, o):
-    return F.linear(o.transpose(1, 2).flatten(2), layer.out_proj.weight.to(o.dtype))
+    bias = layer.out_proj.bias
+    return F.linear(o.transpose(1, 2).flatten(2), layer.out_proj.weight.to(o.dtype), bias)
 
 
 def published_moba(layer, x):
@@ -172,7 +195,52 @@ def published_nsa(layer, x):
     return out(layer, sum(gates[..., c, None] * o for c, o in enumerate(branches)))
 
 
-PUBLISHED = {MixtureOfBlockAttention: published_moba, NativeSparseAttention: published_nsa}
+def published_quest(layer, x):
+    q, k, v = heads_of(layer, x)
+    size, tokens, group = layer.block, x.shape[1], layer.num_heads // layer.num_kv_heads
+    pages = k.split(size, 2)
+    scores = torch.stack(
+        [torch.maximum(q * p.amin(2)[:, :, None], q * p.amax(2)[:, :, None]).sum(-1) for p in pages], 3
+    )
+    own = torch.arange(tokens)[:, None] // size
+    page = torch.arange(len(pages))
+    scores = scores.masked_fill(page > own, -torch.inf)
+    if layer.per_group:
+        scores = scores.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)
+    chosen = best(scores, (page == own).expand_as(scores), layer.top_pages)
+    return out(layer, masked_attention(q, k, v, tokens_of(chosen, size, tokens)))
+
+
+def index_scores(layer, x):
+    """I [B, T, T], query by key."""
+    p = {n: w.to(x.dtype) for n, w in layer.named_parameters()}
+    q = F.linear(x, p["index_q_proj.weight"]).unflatten(-1, (layer.index_heads, -1)).transpose(1, 2)
+    k = F.linear(x, p["index_k_proj.weight"])
+    k = F.layer_norm(k, k.shape[-1:], p["index_norm.weight"], p["index_norm.bias"])[:, None]
+    if layer.rope_base is not None:
+        half = layer.index_dim // 2
+        t = torch.arange(x.shape[1])
+        q, k = (torch.cat([turned(y[..., :half], t, layer.rope_base), y[..., half:]], -1) for y in (q, k))
+    weight = F.linear(x, p["weight_proj.weight"]).transpose(1, 2) / (layer.index_heads * layer.index_dim) ** 0.5
+    return (weight[..., None] * (q @ k.mT).relu()).sum(1).masked_fill(~causal(x.shape[1]), -torch.inf)
+
+
+def causal(tokens):
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+def published_indexer(layer, x):
+    scores = index_scores(layer, x.detach())[:, None]
+    chosen = best(scores, torch.zeros_like(scores, dtype=torch.bool), layer.top_tokens)
+    return out(layer, masked_attention(*heads_of(layer, x), chosen))
+
+
+PUBLISHED = {
+    MixtureOfBlockAttention: published_moba,
+    NativeSparseAttention: published_nsa,
+    QuestAttention: published_quest,
+    LightningIndexerAttention: published_indexer,
+}
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -190,26 +258,44 @@ def test_published_equations_and_gradients(name):
             layers.close(actual, expected, 1e-10)
 
 
-FULL_BUDGET = {"moba": moba(top_blocks=10), "grouped moba": moba(**GROUPED, top_blocks=10)}
+FULL_BUDGET = {
+    "moba": moba(top_blocks=10), "grouped moba": moba(**GROUPED, top_blocks=10),
+    "quest": quest(top_pages=10), "grouped quest": quest(**GROUPED, top_pages=10, per_group=True),
+    "indexer": indexer(**GROUPED, top_tokens=37),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FULL_BUDGET)
 def test_a_full_budget_is_causal_attention(name):
     layer = layers.fresh(Subject(FULL_BUDGET[name], EMBED)).double()
     x = layers.draw(2, 37, EMBED, dtype=torch.float64)
-    causal = torch.ones(37, 37, dtype=torch.bool).tril()
     with torch.no_grad():
-        layers.close(layer(x), out(layer, masked_attention(*heads_of(layer, x), causal)), 1e-12)
+        layers.close(layer(x), out(layer, masked_attention(*heads_of(layer, x), causal(37))), 1e-12)
+
+
+def test_the_indexer_in_bfloat16_where_all_tokens_are_chosen():
+    subject = Subject(indexer(top_tokens=64), EMBED, state_options=OPTIONS)
+    layers.run("bfloat16_is_near_float64", subject)
+
+
+def test_quest_with_a_dense_forward_chooses_in_its_steps_alone():
+    layer, dense = (layers.fresh(Subject(quest(**s), EMBED)).double() for s in ({"dense_forward": True}, {}))
+    x = layers.draw(2, 37, EMBED, dtype=torch.float64)
+    with torch.no_grad():
+        y = out(layer, masked_attention(*heads_of(layer, x), causal(37)))
+        first, state = layer(x[:, :20], return_state=True)
+        second, state = layer(x[:, 20:36], state, return_state=True)
+        layers.close(torch.cat([first, second], 1), y[:, :36], 1e-12)
+        layers.close(layer.step(x[:, 36:], state)[0], dense(x)[:, 36:], 1e-12)
 
 
 def test_nsa_branches_with_full_budgets():
     """All blocks selected, and a window over all: those two branches are causal attention, each with its gate."""
     layer = layers.fresh(Subject(nsa(top_blocks=10, window=100), EMBED)).double()
     x = layers.draw(2, 37, EMBED, dtype=torch.float64)
-    causal = torch.ones(37, 37, dtype=torch.bool).tril()
     with torch.no_grad():
         layer.gate_proj.weight[0::3] = 0
-        dense = masked_attention(*heads_of(layer, x), causal)
+        dense = masked_attention(*heads_of(layer, x), causal(37))
         gates = F.linear(x, layer.gate_proj.weight).sigmoid().unflatten(-1, (3, 3)).transpose(1, 2)
         q, k, v = heads_of(layer, x)
         short_k, short_v = (compressed(phi_of(layer, "k"), y, 4, 2) for y in (k, v))
@@ -217,6 +303,74 @@ def test_nsa_branches_with_full_budgets():
         s = (q @ short_k.mT * 0.25).masked_fill(ends > torch.arange(37)[:, None] + 1, -torch.inf)
         o = 0.5 * s.softmax(-1).nan_to_num(0.0) @ short_v + (gates[..., 1, None] + gates[..., 2, None]) * dense
         layers.close(layer(x), out(layer, o), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["moba", "nsa", "quest", "indexer"])
+def test_no_summary_tells_of_tokens_to_come(name):
+    """Whatever token the future begins with, and however loud it is."""
+    layer, x = layers.fresh(SUBJECTS[name]).double(), layers.draw(1, 21, EMBED, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        for now in range(1, 21):
+            other = x.clone()
+            other[:, now:] = 10 * layers.draw(1, 21 - now, EMBED, seed=now)
+            layers.close(layer(other)[:, :now], y[:, :now], 1e-12, f"from token {now}:")
+
+
+# --- the loss of the indexer ------------------------------------------------------------------------------------------
+
+
+def published_loss(layer, x, chosen):
+    """KL to the mean attention of all heads, over all past tokens or over the chosen ones, of every token [B, T]."""
+    scores, (q, k, _) = index_scores(layer, x), heads_of(layer, x)
+    mask = causal(x.shape[1]).expand_as(scores)
+    if chosen:
+        mask = best(scores.detach(), torch.zeros_like(mask), layer.top_tokens)
+    s = (q @ k.mT * layer.head_dim**-0.5).masked_fill(~mask[:, None], -torch.inf)
+    p = s.softmax(-1).mean(1).detach()
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return (torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0.0)).sum(-1)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("name", ["indexer", "grouped indexer"])
+def test_the_indexer_learns_from_its_loss_alone(name, chosen):
+    layer, x = layers.fresh(SUBJECTS[name]).double(), layers.draw(2, 37, EMBED, dtype=torch.float64).requires_grad_()
+    mine = [p for n, p in layer.named_parameters() if n in INDEXER]
+    rest = [x, *(p for n, p in layer.named_parameters() if n not in INDEXER)]
+    loss, truth = layer.indexer_loss(x, chosen=chosen), published_loss(layer, x, chosen).mean()
+    layers.close(loss, truth, 1e-12)
+    wanted = torch.autograd.grad(truth, mine)
+    for actual, expected in zip(torch.autograd.grad(loss, mine, retain_graph=True), wanted, strict=True):
+        layers.close(actual, expected, 1e-10)
+        assert expected.any()
+    assert all(g is None for g in torch.autograd.grad(loss, rest, allow_unused=True))
+
+
+def test_the_loss_of_padded_and_packed_texts_is_that_of_their_tokens():
+    layer = layers.fresh(Subject(indexer(bias=True), EMBED)).double()
+    x = layers.draw(1, 37, EMBED, dtype=torch.float64)
+    each = [published_loss(layer, part, True) for part in (x[:, :11], x[:, 11:])]
+    mean = torch.cat(each, 1).mean()
+    layers.close(layer.indexer_loss(x, cu_seqlens=torch.tensor([0, 11, 11, 37])), mean, 1e-12)
+    padded = x.new_full((2, 30, EMBED), torch.nan)
+    padded[0, 3:14], padded[1, :26] = x[0, :11], x[0, 11:]
+    layers.close(layer.indexer_loss(padded, attention_mask=padded[..., 0].isfinite()), mean, 1e-12)
+    assert layer.indexer_loss(x[:, :0]) == 0
+
+
+def test_the_indexer_learns_to_choose_what_attention_wants():
+    torch.manual_seed(0)
+    layer, x = indexer(index_heads=4, index_dim=16)(), 2 * layers.draw(4, 40, EMBED)
+    mine = [p for n, p in layer.named_parameters() if n in INDEXER]
+    optimiser, losses = torch.optim.Adam(mine, 1e-2), []
+    for step in range(60):
+        optimiser.zero_grad()
+        loss = layer.indexer_loss(x, chosen=step >= 40)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[39] < 0.5 * losses[0] and losses[-1] < losses[40]
 
 
 # --- needles ----------------------------------------------------------------------------------------------------------
@@ -232,6 +386,10 @@ def needle_layer(make):
         for row, column in ((0, 0), (16, 0), (32, 16)):
             layer.qkv_proj.weight[row : row + 16, column : column + 16] = eye
         layer.out_proj.weight[:16, :16] = eye
+        if isinstance(layer, LightningIndexerAttention):
+            layer.index_q_proj.weight[:, :16] = layer.index_k_proj.weight[:, :16] = eye
+            layer.index_norm.weight.fill_(1)
+            layer.weight_proj.weight[:, -1] = 1
         if isinstance(layer, NativeSparseAttention):  # the last channel of x is 1: only the selected branch is open
             layer.gate_proj.weight[:, -1] = torch.tensor([-50.0, 50.0, -50.0])
     return layer
@@ -239,6 +397,10 @@ def needle_layer(make):
 
 NEEDLES = {
     "moba": lambda: MixtureOfBlockAttention(EMBED, 1, head_dim=16, block_size=BLOCK, top_blocks=2, rope_base=None),
+    "quest": lambda: QuestAttention(EMBED, 1, head_dim=16, page_size=BLOCK, top_pages=2, rope_base=None),
+    "indexer": lambda: LightningIndexerAttention(
+        EMBED, 1, head_dim=16, index_heads=1, index_dim=16, top_tokens=3, rope_base=None
+    ),
     "nsa": lambda: NativeSparseAttention(EMBED, 1, head_dim=16, rope_base=None, **SMALL_NSA),
 }
 
@@ -288,7 +450,7 @@ def test_a_copy_goes_into_a_larger_memory_and_not_into_a_smaller_one():
         layers.close(layer(x, large), layer(x, state), 5e-6)
     with pytest.raises(ValueError, match="other holds 30 tokens; expected at most 10"):
         layer.init_state(2, max_tokens=10).copy_(state)
-    with pytest.raises(TypeError, match="other is KVCache; expected BlockMemory"):
+    with pytest.raises(TypeError, match="other is KVCache; expected BlockRetrievalState"):
         state.copy_(state.cache)
 
 
@@ -304,6 +466,10 @@ def test_deep_copies_train_apart():
     [
         (moba(block_size=0), "MixtureOfBlockAttention: block_size is 0; expected at least 1"),
         (moba(top_blocks=0), "MixtureOfBlockAttention: top_blocks is 0; expected at least 1"),
+        (quest(top_pages=0), "QuestAttention: top_pages is 0; expected at least 1"),
+        (indexer(index_dim=6), "index_dim is 6; expected a positive multiple of 4"),
+        (indexer(index_heads=0), "index_heads is 0; expected at least 1"),
+        (indexer(top_tokens=4097), "top_tokens is 4097; allowed: 1..4096"),
         (nsa(block_size=7), "block_size is 7; expected a multiple of compressed_stride 2"),
         (nsa(compressed_block=5), "compressed_block is 5; expected a multiple of compressed_stride 2"),
         (nsa(last_blocks=0), "last_blocks 0; expected at least 0 and 1, together at most top_blocks 3"),
@@ -320,4 +486,4 @@ def test_bad_settings(make, message):
 
 def test_the_page_runs():
     """The code of docs/block_retrieval.md runs, and its assertions hold."""
-    layers.run_page(Path(__file__).parent.parent / "docs" / "block_retrieval.md", blocks=1)
+    layers.run_page(Path(__file__).parent.parent / "docs" / "block_retrieval.md", blocks=2)

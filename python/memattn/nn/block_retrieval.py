@@ -30,7 +30,7 @@ MOST_SCORES = 1 << 24  # that are held at once while blocks are chosen
 MOST_CHOSEN = 4096  # entries of a list
 
 
-class BlockMemory(MemoryState):
+class BlockRetrievalState(MemoryState):
     """cache: all past tokens. summaries [N, blocks, HKV, F] of their blocks, or None where tokens are scored.
 
     Block j holds the tokens j·stride … j·stride + block − 1. What a summary holds before its block is full is not seen.
@@ -46,9 +46,9 @@ class BlockMemory(MemoryState):
         """[N] tokens that each row has seen."""
         return self.cache.length
 
-    def copy_(self, other: Any) -> BlockMemory:
+    def copy_(self, other: Any) -> BlockRetrievalState:
         """Writes `other` into this memory's tensors. Their capacities may differ, as long as the tokens have slots."""
-        if not isinstance(other, BlockMemory):
+        if not isinstance(other, BlockRetrievalState):
             return super().copy_(other)  # which refuses it
         self.cache.copy_(other.cache)
         if self.summaries is not None and other.summaries is not None:
@@ -62,7 +62,7 @@ class Seen:
     """What the queries of a call [B, S] look at: `cache` and its summaries, each query up to its position [B, S].
 
     pages: the cache's row of each row of the batch [B, 1], None: its own. summaries: of the batch's rows.
-    nearby: the layer's attention without a list, by `_mask`.
+    nearby: the layer's attention without a list, by `_mask`. stepping: token by token.
     """
 
     cache: KVCache
@@ -70,12 +70,13 @@ class Seen:
     positions: Tensor
     pages: Tensor | None
     nearby: Callable[[], Tensor]
+    stepping: bool = False
 
 
 class BlockRetrieval(CachedAttention):
     """Base of the layers: they set block and stride, and define `_summarise` and `_attend`."""
 
-    state_type = BlockMemory
+    state_type = BlockRetrievalState
     block: int
     stride: int
 
@@ -107,11 +108,11 @@ class BlockRetrieval(CachedAttention):
         """q, and the layer's input x [B, S, embed_dim] → o [B, S, HQ, D]."""
         raise NotImplementedError
 
-    def _cache(self, batch: int, max_tokens: int | None) -> BlockMemory:
+    def _cache(self, batch: int, max_tokens: int | None) -> BlockRetrievalState:
         weight = self.qkv_proj.weight
         cache = self._token_cache(weight, batch, max_tokens)
         with torch.no_grad():
-            return BlockMemory(cache, self._summarise(cache.k, cache.v))
+            return BlockRetrievalState(cache, self._summarise(cache.k, cache.v))
 
     def _token_cache(self, like: Tensor, batch: int, max_tokens: int | None) -> KVCache:
         return KVCache.empty(like, batch, self.num_kv_heads, (self.head_dim, self.head_dim), max_tokens)
@@ -122,7 +123,7 @@ class BlockRetrieval(CachedAttention):
     def forward(
         self,
         x: Tensor,
-        state: BlockMemory | None = None,
+        state: BlockRetrievalState | None = None,
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -152,12 +153,12 @@ class BlockRetrieval(CachedAttention):
 
         y = self._readout(self._attend(q, rows, Seen(cache, summaries, positions, None, nearby)), rows)
         y = y if runs is None else runs.restore(y)
-        return (y, BlockMemory(cache, summaries)) if return_state else y
+        return (y, BlockRetrievalState(cache, summaries)) if return_state else y
 
     def _new_cache(self, parts: list[Tensor], length: Tensor) -> KVCache:
         return KVCache(parts[0], parts[1], length)
 
-    def _step(self, x: Tensor, state: BlockMemory, rows: Tensor | None) -> Tensor:
+    def _step(self, x: Tensor, state: BlockRetrievalState, rows: Tensor | None) -> Tensor:
         length = state.length.clone() if rows is None else state.length.index_select(0, rows.long().clamp(min=0))
         positions = length[:, None] + torch.arange(x.shape[1], device=x.device)
         q, *parts = self._tokens(x, positions)
@@ -171,10 +172,12 @@ class BlockRetrieval(CachedAttention):
             ).o.to(q.dtype)  # fmt: skip
 
         pages = None if rows is None else rows.int()[:, None]
-        y = self._readout(self._attend(q, x, Seen(state.cache, summaries, positions, pages, nearby)), x)
+        y = self._readout(self._attend(q, x, Seen(state.cache, summaries, positions, pages, nearby, stepping=True)), x)
         return y if rows is None else torch.where((rows >= 0)[:, None, None], y, 0)
 
-    def _summarise_full(self, state: BlockMemory, before: Tensor, tokens: int, rows: Tensor | None) -> Tensor | None:
+    def _summarise_full(
+        self, state: BlockRetrievalState, before: Tensor, tokens: int, rows: Tensor | None
+    ) -> Tensor | None:
         """Into the state, summaries of the blocks that tokens behind `before` [B] filled; returns those of `rows`."""
         if state.summaries is None:
             return None
@@ -201,18 +204,19 @@ class BlockRetrieval(CachedAttention):
             write_slots(state.summaries, index, found[:, :1].view(*j.shape, *found.shape[2:]), full.flatten())
         return state.summaries if rows is None else state.summaries.index_select(0, at)
 
-    def _choose(self, score: Callable[[Tensor, Tensor], Tensor], q: Tensor, seen: Seen, columns: int, n: int) -> Tensor:
-        """The n best columns of score(queries, positions) [B, s, H, columns]: lists [B, S, H, n], −1 behind them.
+    def _choose(self, score: Callable[[slice], Tensor], positions: Tensor, columns: int, n: int) -> Tensor:
+        """The n best columns of score(queries) [B, s, H, columns] for queries at positions [B, S], a few at a time.
 
-        Scores of a few queries at a time. Lists are constants, they have no gradient.
+        Returns lists [B, S, H, n], −1 behind what there is to choose. They are constants, without gradient. NaN counts
+        as the largest score: as in attention to everything, who sees a NaN in the memory gets NaN.
         """
+        (batch, queries), parts = positions.shape, []
+        rows = max(1, MOST_SCORES // max(1, batch * self.num_heads * columns))
         with torch.no_grad():
-            rows = max(1, MOST_SCORES // max(1, q.shape[0] * self.num_heads * columns))
-            parts = [
-                topk(score(q[:, a : a + rows], seen.positions[:, a : a + rows]), n).indices
-                for a in range(0, max(1, q.shape[1]), rows)
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            for a in range(0, max(1, queries), rows):
+                scores = score(slice(a, a + rows))
+                parts.append(topk(scores.masked_fill(scores.isnan(), torch.inf), n).indices)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _listed(self, q: Tensor, lists: Tensor, seen: Seen, unit: int) -> Tensor:
         """Attention of q to the tokens that lists [B, S, 1 or HKV or HQ, n] name, up to its own position."""

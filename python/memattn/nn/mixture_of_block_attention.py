@@ -22,9 +22,10 @@ class MixtureOfBlockAttention(BlockRetrieval):
     number of blocks this is causal attention. The paper: blocks of 512, 3 of them, at 8K tokens; 4096, 12, at 1M.
     FlashMoBA (arXiv 2511.11571) shows why smaller blocks (64 to 128) choose better; its key convolution is not here.
 
-    Keys are turned by their position before they are averaged, as in the authors' code. The state is a `BlockMemory`:
-    all keys and values, and one mean key per block. Arguments: num_kv_heads, head_dim, rope_base, qk_norm, norm_eps,
-    bias as in `AttentionLayer`; backend of the attention over the chosen blocks; calls as in `GatedDeltaNet`.
+    Keys are turned by their position before they are averaged, as in the authors' code. The state is a
+    `BlockRetrievalState`: all keys and values, and one mean key per block. Arguments: num_kv_heads, head_dim,
+    rope_base, qk_norm, norm_eps, bias as in `AttentionLayer`; backend of the attention over the chosen blocks; calls as
+    in `GatedDeltaNet`.
 
     >>> layer = MixtureOfBlockAttention(256, num_heads=4, block_size=64, top_blocks=4)
     """
@@ -69,12 +70,13 @@ class MixtureOfBlockAttention(BlockRetrieval):
 
     def _attend(self, q: Tensor, x: Tensor, seen: Seen) -> Tensor:
         r: Any = seen.summaries
-        ends = block_ends(r, self.block)
+        queries, ends = q.to(r.dtype), block_ends(r, self.block)
 
-        def score(queries: Tensor, positions: Tensor) -> Tensor:
-            return block_scores(queries.to(r.dtype), r, block_ends=ends, q_positions=positions, force_last=1)
+        def score(at: slice) -> Tensor:
+            return block_scores(queries[:, at], r, block_ends=ends, q_positions=seen.positions[:, at], force_last=1)
 
-        return self._listed(q, self._choose(score, q, seen, r.shape[1], self.top_blocks), seen, self.block)
+        lists = self._choose(score, seen.positions, r.shape[1], self.top_blocks)
+        return self._listed(q, lists, seen, self.block)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_size={self.block}, top_blocks={self.top_blocks}"

@@ -35,9 +35,9 @@ class NativeSparseAttention(BlockRetrieval):
     Keys are turned by their position before they are compressed, as in flash-linear-attention. A query that no
     compressed block precedes gets 0 from that branch.
 
-    The defaults are the paper's sizes. The state is a `BlockMemory`: all keys and values, and [K̃ ; Ṽ]. Arguments:
-    num_kv_heads, head_dim, rope_base, qk_norm, norm_eps, bias as in `AttentionLayer`; backend of the three attentions;
-    calls as in `GatedDeltaNet`.
+    The defaults are the paper's sizes. The state is a `BlockRetrievalState`: all keys and values, and [K̃ ; Ṽ].
+    Arguments: num_kv_heads, head_dim, rope_base, qk_norm, norm_eps, bias as in `AttentionLayer`; backend of the three
+    attentions; calls as in `GatedDeltaNet`.
 
     >>> layer = NativeSparseAttention(256, num_heads=4, num_kv_heads=1, window=128, top_blocks=8)
     """
@@ -117,16 +117,18 @@ class NativeSparseAttention(BlockRetrieval):
     def _attend(self, q: Tensor, x: Tensor, seen: Seen) -> Tensor:
         compressed: Any = seen.summaries
         k, v = compressed.split(self.head_dim, -1)
+        queries, ends = q.to(k.dtype), block_ends(k, self.block, self.stride)
         blocks = -(-seen.cache.capacity // self.block_size)
 
-        def importance(queries: Tensor, positions: Tensor) -> Tensor:
+        def importance(at: slice) -> Tensor:
+            positions = seen.positions[:, at]
             p = block_scores(
-                queries.to(k.dtype), k, scale=self.head_dim**-0.5, norm="softmax", over="group", q_positions=positions,
-                block_ends=block_ends(k, self.block, self.stride),
+                queries[:, at], k, scale=self.head_dim**-0.5, norm="softmax", over="group", block_ends=ends,
+                q_positions=positions,
             )  # fmt: skip
             return self._importance(p.masked_fill(p == -torch.inf, 0.0), positions, blocks)
 
-        lists = self._choose(importance, q, seen, blocks, self.top_blocks)
+        lists = self._choose(importance, seen.positions, k.shape[1], self.top_blocks)
         branches = (
             self._over_compressed(q, k, v, seen.positions),
             self._listed(q, lists, seen, self.block_size),
