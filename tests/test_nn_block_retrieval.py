@@ -42,22 +42,24 @@ SMALL_NSA = {
     "compressed_block": 4, "compressed_stride": 2, "block_size": 4, "top_blocks": 3, "last_blocks": 1, "window": 5
 }  # fmt: skip
 GROUPED = {"heads": 4, "head_dim": 16, "num_kv_heads": 2}
-OPTIONS = {"max_tokens": 64}
 
 INDEXER = ("index_q_proj.weight", "index_k_proj.weight", "index_norm.weight", "index_norm.bias", "weight_proj.weight")
 CHOICE = "rounding decides between tokens that score alike; tested where all are chosen"
 
+
+def subject(make, no_gradient=()):
+    return Subject(make, EMBED, 8, Lacks(bfloat16=CHOICE), {"max_tokens": 64}, no_gradient)
+
+
 SUBJECTS = {
-    "moba": Subject(moba(), EMBED, state_options=OPTIONS),
-    "grouped moba": Subject(moba(**GROUPED, rope_base=None, qk_norm=True), EMBED, state_options=OPTIONS),
-    "nsa": Subject(nsa(compression="mlp"), EMBED, state_options=OPTIONS),
-    "grouped nsa": Subject(nsa(**GROUPED, block_size=8, first_blocks=0), EMBED, state_options=OPTIONS),
-    "quest": Subject(quest(**GROUPED), EMBED, state_options=OPTIONS),
-    "quest by groups": Subject(
-        quest(**GROUPED, per_group=True, rope_base=None, bias=True), EMBED, state_options=OPTIONS
-    ),
-    "indexer": Subject(indexer(), EMBED, 8, Lacks(bfloat16=CHOICE), OPTIONS, INDEXER),
-    "grouped indexer": Subject(indexer(**GROUPED, rope_base=None), EMBED, state_options=OPTIONS, no_gradient=INDEXER),
+    "moba": subject(moba()),
+    "grouped moba": subject(moba(**GROUPED, rope_base=None, qk_norm=True)),
+    "nsa": subject(nsa(compression="mlp")),
+    "grouped nsa": subject(nsa(**GROUPED, block_size=8, first_blocks=0)),
+    "quest": subject(quest(**GROUPED)),
+    "quest by groups": subject(quest(**GROUPED, per_group=True, rope_base=None, bias=True)),
+    "indexer": subject(indexer(), INDEXER),
+    "grouped indexer": subject(indexer(**GROUPED, rope_base=None), INDEXER),
 }
 VARIANTS = ("grouped moba", "grouped nsa", "quest by groups", "grouped indexer")
 COMPILED = ("nsa", "indexer")
@@ -273,9 +275,10 @@ def test_a_full_budget_is_causal_attention(name):
         layers.close(layer(x), out(layer, masked_attention(*heads_of(layer, x), causal(37))), 1e-12)
 
 
-def test_the_indexer_in_bfloat16_where_all_tokens_are_chosen():
-    subject = Subject(indexer(top_tokens=64), EMBED, state_options=OPTIONS)
-    layers.run("bfloat16_is_near_float64", subject)
+@pytest.mark.parametrize("name", [*FULL_BUDGET, "nsa"])
+def test_bfloat16_where_everything_is_chosen(name):
+    make = FULL_BUDGET.get(name, nsa(**GROUPED, top_blocks=10, compression="mlp"))
+    layers.run("bfloat16_is_near_float64", Subject(make, EMBED, 8, state_options={"max_tokens": 64}))
 
 
 def test_quest_with_a_dense_forward_chooses_in_its_steps_alone():
