@@ -362,6 +362,17 @@ def test_the_loss_of_padded_and_packed_texts_is_that_of_their_tokens():
     assert layer.indexer_loss(x[:, :0]) == 0
 
 
+def test_the_loss_in_bfloat16_and_under_autocast():
+    layer, x = layers.fresh(SUBJECTS["indexer"]), layers.draw(2, 37, EMBED)
+    truth = layer.indexer_loss(x, chosen=False)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        loss = layer.indexer_loss(x, chosen=False)
+    layers.close(loss, truth, 3e-2)
+    layers.close(copy.deepcopy(layer).bfloat16().indexer_loss(x.bfloat16(), chosen=False).float(), truth, 3e-2)
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for n, p in layer.named_parameters() if n in INDEXER)
+
+
 def test_the_indexer_learns_to_choose_what_attention_wants():
     torch.manual_seed(0)
     layer, x = indexer(index_heads=4, index_dim=16)(), 2 * layers.draw(4, 40, EMBED)

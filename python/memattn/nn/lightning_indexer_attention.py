@@ -158,7 +158,7 @@ class LightningIndexerAttention(BlockRetrieval):
         rows = (x if runs is None else runs.align(x)).detach()
         positions = torch.arange(rows.shape[1], device=x.device).expand(len(rows), -1)
         q, k, v, index_k = self._tokens(rows, positions)
-        index_q, weight = self._index_queries(rows, positions)
+        index_q, weight = (y.to(index_k.dtype) for y in self._index_queries(rows, positions))
         lists = self._chosen(rows, index_k.detach(), positions) if chosen else None
         places: dict[str, Any] = {"indices": lists}
         if lists is None:
