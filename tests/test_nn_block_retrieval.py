@@ -260,6 +260,34 @@ def test_published_equations_and_gradients(name):
             layers.close(actual, expected, 1e-10)
 
 
+def test_nsa_is_lucidrains_at_matched_settings():
+    """native-sparse-attention-pytorch without its positions and its memory slot, one head a group, blocks apart.
+
+    It shows a compressed block one token later than the paper, and averages all blocks where a query sees none: those
+    tokens are left out.
+    """
+    peer_module = pytest.importorskip("native_sparse_attention_pytorch", reason="pip install it to compare with it")
+    settings = {"compressed_block": 4, "compressed_stride": 4, "window": 5, "compression": "mlp", "rope_base": None}
+    layer = layers.fresh(Subject(nsa(**settings, first_blocks=0), EMBED)).double()
+    peer = peer_module.SparseAttention(EMBED, 16, 3, 4, 4, 4, 4, 2, causal=True, norm=False).double()
+    peer.rotary_emb.rotate_queries_with_cached_keys = lambda q, k: (q, k)
+    peer.compress_mem_kv = torch.nn.Parameter(peer.compress_mem_kv[:, :, :0].detach())
+    with torch.no_grad():
+        peer.to_qkv.weight.copy_(layer.qkv_proj.weight)
+        peer.combine_heads.weight.copy_(layer.out_proj.weight)
+        peer.to_strategy_combine[0].weight.copy_(layer.gate_proj.weight)
+        peer.to_strategy_combine[0].bias.zero_()
+        for which in ("k", "v"):
+            ours, theirs = getattr(layer, f"compress_{which}"), getattr(peer, f"{which}_compress")
+            getattr(peer, f"{which}_intrablock_positions").copy_(ours.positions.transpose(0, 1))
+            theirs[1].load_state_dict(ours.hidden.state_dict())
+            theirs[3].weight.copy_(ours.out.weight)
+            theirs[3].bias.copy_(0 if ours.out.bias is None else ours.out.bias)
+        x = layers.draw(2, 40, EMBED, dtype=torch.float64)
+        kept = [t for t in range(4, 40) if (t + 1) % 4]
+        layers.close(layer(x)[:, kept], peer(x)[:, kept], 1e-10)
+
+
 FULL_BUDGET = {
     "moba": moba(top_blocks=10), "grouped moba": moba(**GROUPED, top_blocks=10),
     "quest": quest(top_pages=10), "grouped quest": quest(**GROUPED, top_pages=10, per_group=True),
