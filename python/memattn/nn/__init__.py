@@ -2,6 +2,7 @@
 
 from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.block_recurrent import BlockRecurrentAttention
+from memattn.nn.block_retrieval import BlockRetrievalState
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
 from memattn.nn.forgetting_attention import ForgettingAttention
@@ -11,11 +12,15 @@ from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
+from memattn.nn.lightning_indexer_attention import IndexedCache, LightningIndexerAttention
 from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
+from memattn.nn.mixture_of_block_attention import MixtureOfBlockAttention
 from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
+from memattn.nn.native_sparse_attention import NativeSparseAttention
+from memattn.nn.quest_attention import QuestAttention
 from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
@@ -26,6 +31,7 @@ from memattn.nn.working_memory import WorkingMemory
 __all__ = [
     "AssociativeRecurrentMemory",
     "BlockRecurrentAttention",
+    "BlockRetrievalState",
     "DeltaNet",
     "DeltaRuleState",
     "ForgettingAttention",
@@ -34,14 +40,19 @@ __all__ = [
     "HiddenMemory",
     "HierarchicalMemory",
     "HybridStack",
+    "IndexedCache",
     "InfiniAttention",
     "InfiniAttentionState",
     "KVCache",
+    "LightningIndexerAttention",
     "Lizard",
     "LizardState",
     "Memformer",
     "MemoryTokensState",
+    "MixtureOfBlockAttention",
     "MultivariateInfiniAttention",
+    "NativeSparseAttention",
+    "QuestAttention",
     "RAT",
     "RATPlus",
     "RecurrentMemory",

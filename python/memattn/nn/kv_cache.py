@@ -116,7 +116,7 @@ class TokenCache(MemoryState):
         index = (at[:, None] * self.capacity + self._slots(position).clamp(max=self.capacity - 1)).flatten()
         everything = room and lengths is None and rows is None
         for name, x in new.items():
-            _write(getattr(self, name), index, x, None if everything else live.flatten())
+            write_slots(getattr(self, name), index, x, None if everything else live.flatten())
         arrived = self._arrived(position, step < count[:, None]) & (row >= 0)[:, None]
         self.length.index_add_(0, at, arrived.sum(1))
 
@@ -335,7 +335,7 @@ class HiddenMemory(RingCache):
         self.x, self.length = x, length
 
 
-def _write(cache: Tensor, index: Tensor, values: Tensor, live: Tensor | None) -> None:
+def write_slots(cache: Tensor, index: Tensor, values: Tensor, live: Tensor | None) -> None:
     """cache [N, slots, ...], as one list of slots, takes values [B, t, ...] at `index` [B · t], where `live`.
 
     What is not live repeats what a live one writes, or what is there if none is: no two writes ever differ.

@@ -119,12 +119,12 @@ def operands(q: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def _listed(q: Tensor, r: Tensor, indices: Tensor) -> Tensor:
     """The product with the blocks that each query's list names: [B, S, H, n]."""
-    (batch, queries, _, dim), (_, blocks, groups, _) = q.shape, r.shape
+    (batch, queries, heads, dim), (_, blocks, groups, _) = q.shape, r.shape
     lists = indices.expand(-1, -1, groups, -1)
     row = torch.arange(batch, device=q.device)[:, None, None, None] * blocks + lists.clamp_min(0)
     flat = row * groups + torch.arange(groups, device=q.device)[:, None]
     rows = r.flatten(0, 2).index_select(0, flat.flatten()).view(*lists.shape, dim)
-    return (q.view(batch, queries, groups, -1, dim) @ rows.mT).flatten(2, 3)
+    return (q.view(batch, queries, groups, heads // groups, dim) @ rows.mT).flatten(2, 3)
 
 
 def finish(
