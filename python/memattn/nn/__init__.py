@@ -13,6 +13,7 @@ from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
+from memattn.nn.memorizing_attention import KNNMemory, MemorizingAttention
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.multivariate_infini_attention import MultivariateInfiniAttention
@@ -36,10 +37,12 @@ __all__ = [
     "HybridStack",
     "InfiniAttention",
     "InfiniAttentionState",
+    "KNNMemory",
     "KVCache",
     "Lizard",
     "LizardState",
     "Memformer",
+    "MemorizingAttention",
     "MemoryTokensState",
     "MultivariateInfiniAttention",
     "RAT",
