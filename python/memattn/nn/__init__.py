@@ -4,6 +4,7 @@ from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
+from memattn.nn.extended_mind_attention import ExtendedMindAttention, ExtendedMindState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
@@ -29,6 +30,8 @@ __all__ = [
     "BlockRecurrentAttention",
     "DeltaNet",
     "DeltaRuleState",
+    "ExtendedMindAttention",
+    "ExtendedMindState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
