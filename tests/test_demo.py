@@ -20,7 +20,19 @@ for package in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(package)
 
 from memattn import demo  # noqa: E402
-from memattn.demo import checkpoint, compare, data, interrupt, mixers, options, report, results, stream, train  # noqa: E402
+from memattn.demo import (  # noqa: E402
+    checkpoint,
+    compare,
+    data,
+    documents,
+    interrupt,
+    mixers,
+    options,
+    report,
+    results,
+    stream,
+    train,
+)
 from memattn.demo.checkpoint import Progress  # noqa: E402
 from memattn.demo.model import ByteModel, ModelConfig  # noqa: E402
 
@@ -243,6 +255,37 @@ def test_generation_is_repeatable_and_depends_on_prompt_and_seed(tiny_model):
     assert len({tuple(written(p, s)) for p, s in ((b"import", 0), (b"import", 1), (b"class", 0), (b"", 0))}) == 4
 
 
+# --- memories of several sizes ---
+
+
+def test_long_documents_are_the_starts_of_files_that_are_long_enough():
+    text = torch.tensor(list(b"abc\0defghi\0jklmn\0op\0qrstuv"), dtype=torch.uint8)
+    found = documents.long_documents(text, 5, 8)
+    assert [bytes(row.tolist()) for row in found] == [b"defgh", b"jklmn"], "the last file has no end: it was cut"
+    assert len(documents.long_documents(text, 5, 1)) == 1
+    with pytest.raises(ValueError, match="no held-out file has 7 bytes; --memory needs one"):
+        documents.long_documents(text, 7, 8)
+
+
+def test_each_memory_size_is_read_and_scored_on_the_same_bytes():
+    torch.manual_seed(0)
+    model = ByteModel(replace(TINY, layers=("local", "memorizing")))
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    texts = torch.randint(0, 256, (3, 100), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    seen, stop = [], interrupt.StopRequest()
+    got = documents.by_memory_size(model, texts, (0, 16, 64), 20, 30, stop, lambda *step: seen.append(step))
+    points = list(got)
+    assert [p.size for p in points] == [0, 16, 64] and seen[:5] == [(0, 90), (0, 90), (0, 90), (0, 30), (16, 90)]
+    for point in points:
+        documents.set_memory_size(model, point.size)
+        whole = torch.cat(list(stream.score(model, texts, 100)), 1)[:, -20:].double()
+        assert point.documents == pytest.approx(whole.mean(1).tolist(), rel=1e-5) and point.read == 300
+        assert point.bits == pytest.approx(float(whole.mean()), rel=1e-5)
+    assert len({round(p.bits, 6) for p in points}) == 3, "the size matters"
+    less = torch.tensor(points[0].documents) - torch.tensor(points[2].documents)
+    assert points[2].gain(points[0]) == pytest.approx((float(less.mean()), float(less.std()) / 3**0.5), rel=1e-3)
+
+
 # --- comparison ---
 
 
@@ -306,6 +349,22 @@ def test_stopping_in_any_phase_leaves_checkpoint_and_report(tmp_path, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", *sorted(report.FILES)]
 
 
+def test_stopping_between_memory_sizes_keeps_those_that_were_read(tmp_path, monkeypatch, capsys):
+    work = documents.set_memory_size
+
+    def interrupted(model, size):
+        if size:
+            os.kill(os.getpid(), signal.SIGTERM)
+        work(model, size)
+
+    monkeypatch.setattr(documents, "set_memory_size", interrupted)
+    code = demo.main(["--memory", "--smoke", "--seconds", "0.1", "--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert code == 128 + signal.SIGTERM and saved["stopped"] == "reading documents"
+    assert [point["size"] for point in saved["memory_sizes"]] == [0]
+    assert "demo --memory --resume" in capsys.readouterr().out
+
+
 def run_demo(*arguments, **more):
     environment = {**os.environ, "PYTHONPATH": str(PYTHON_FOLDER), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "memattn", "demo", *map(str, arguments)]
@@ -362,6 +421,17 @@ def test_smoke_run_with_other_layers(tmp_path, arguments):
     saved = json.loads((tmp_path / "report.json").read_text())
     expected = {"--layer rat": ["rat", "local"], "--stack gdn:1,rat:1": ["gdn", "rat"]}
     assert saved["stopped"] is None and saved["model"]["layers"] == expected[arguments]
+
+
+def test_smoke_run_with_memories(tmp_path):
+    process = run_demo("--memory", "--smoke", "--out", tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["stopped"] is None and saved["model"]["layers"] == ["local", "memorizing"]
+    assert [point["size"] for point in saved["memory_sizes"]] == [0, 64, 256]
+    assert all(len(point["documents"]) == 4 and max(point["documents"]) < 8.5 for point in saved["memory_sizes"])
+    assert "Held-out bits per byte by size of the memory" in out and (tmp_path / "report.png").stat().st_size > 10000
 
 
 @pytest.mark.parametrize("name", mixers.STACKED)
@@ -433,6 +503,9 @@ BAD_ARGUMENTS = {
     "--layer gdn --stack gdn:2": "--layer replaces the memory layers of the model, --stack names all layers: give one",
     "--layer gdn --resume x": "--layer is for a new model; a checkpoint has its layers",
     "--stack gdn --generate x --checkpoint y": "--stack is for a new model; a checkpoint has its layers",
+    "--memory --layer rat": "--memory has a model and a report of its own: it does not go with --layer",
+    "--memory --stack gdn": "--memory has a model and a report of its own: it does not go with --stack",
+    "--memory --generate x --checkpoint y": "--memory has a model and a report of its own: it does not go with --gen",
     "--fast": "unrecognized arguments: --fast",
 }
 

@@ -1,4 +1,4 @@
-"""The picture of a run: six panels, one PNG."""
+"""The picture of a run: six panels, or two of a run with `--memory`, one PNG."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from memattn.demo.compare import Point
+from memattn.demo.mixers import MEMORIZING
 from memattn.demo.results import Results
 
 DELTA, SOFTMAX, QUIET, ACCENT = "#1b6ca8", "#d1495b", "#6b7280", "#2a9d6f"
@@ -44,9 +45,12 @@ def draw(results: Results) -> bytes:
         ("Writing speed as the context grows", _decode),
         ("Memory as the context grows", _memory),
     ]
+    rows, size = 2, (13.5, 7.6)
+    if MEMORIZING in results.model.get("layers", ()):
+        panels, rows, size = [panels[0], ("Held-out bits per byte by size of the memory", _memory_size)], 1, (11, 4.2)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13.5, 7.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-        for axes, (title, panel) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+        for axes, (title, panel) in zip(figure.subplots(rows, len(panels) // rows).flat, panels, strict=True):
             axes.set_title(title)
             if not panel(axes, results):
                 _not_reached(axes)
@@ -115,6 +119,23 @@ def _training(axes: Axes, results: Results) -> bool:
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(1, max(4.0, min(6.0, max(progress.curve_bits))))
+    axes.legend()
+    return True
+
+
+def _memory_size(axes: Axes, results: Results) -> bool:
+    points = results.memory_sizes
+    if not points:
+        return False
+    places, names = range(len(points)), [short(p.size) if p.size else "none" for p in points]
+    gains = [p.gain(points[0]) for p in points]
+    axes.errorbar(
+        places, [points[0].bits - less for less, _ in gains], [error or 0.0 for _, error in gains], fmt="o-",
+        color=DELTA, ms=5, capsize=3, label=f"last bytes of {len(points[0].documents)} files; bars: error of the gain",
+    )  # fmt: skip
+    axes.set_xticks(places, names)
+    axes.set_xlabel("tokens in the memory")
+    axes.set_ylabel("bits per byte")
     axes.legend()
     return True
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.nn.hybrid_stack import LAYERS
+from memattn.nn.hybrid_stack import LAYERS, LayerFactory
+from memattn.nn.memorizing_attention import MemorizingAttention
 from memattn.state import MemoryState
 
 # Those of plain torch: the local attention of the model, and the full attention that memories are compared with.
 PLAIN = ("local", "full")
-NAMES = (*LAYERS, *PLAIN)
+MEMORIZING = "memorizing"
+NAMES = (*LAYERS, MEMORIZING, *PLAIN)
 # What a million bytes can be read with: not caches that hold every token, which take time quadratic in the text.
 MEMORIES = tuple(name for name in LAYERS if name not in ("fox", "ratplus"))
 STACKED = (*MEMORIES, "local")
@@ -23,6 +25,7 @@ STACKED = (*MEMORIES, "local")
 GROWING = ("rat",)
 # What a layer of the demo is given beside its sizes; `window` is the model's.
 _SETTINGS: dict[str, Callable[[int], dict[str, int]]] = {
+    MEMORIZING: lambda window: {"segment_size": window, "memory_size": 16 * window, "num_neighbors": 16},
     "rat": lambda window: {"num_groups": 1},  # the demo's three heads have no two groups
     "infini": lambda window: {"segment_size": window},
     "lizard": lambda window: {"window": window},
@@ -174,7 +177,8 @@ def make_mixer(name: str, embed_dim: int, num_heads: int, window: int) -> nn.Mod
         return LocalAttention(embed_dim, num_heads, window=window)
     if name == "full":
         return FullAttention(embed_dim, num_heads)
-    if name not in LAYERS:
+    if name not in NAMES:
         raise ValueError(f"layers: got {name!r}; allowed are {', '.join(NAMES)}")
     settings = _SETTINGS[name](window) if name in _SETTINGS else {}
-    return LAYERS[name](embed_dim, num_heads, **settings)
+    make: LayerFactory = MemorizingAttention if name == MEMORIZING else LAYERS[name]
+    return make(embed_dim, num_heads, **settings)

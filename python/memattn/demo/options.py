@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from memattn.demo.compare import ComparisonConfig
-from memattn.demo.mixers import GROWING, MEMORIES, STACKED
+from memattn.demo.mixers import GROWING, MEMORIES, MEMORIZING, STACKED
 from memattn.demo.model import ModelConfig
 from memattn.demo.precision import faster_dtype
 from memattn.demo.train import TrainingConfig
@@ -24,6 +24,8 @@ class Plan:
     """All sizes of a run. `rows` texts of `row_bytes` give bits per byte by position.
 
     The stream has `stream_bytes`, or `growing_stream_bytes` where a layer's memory grows with the text.
+    With memory_sizes the run is that of `--memory`: up to `documents` held-out files are read to `document_bytes` with
+    each size, and their last `scored_bytes` are scored.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -39,6 +41,10 @@ class Plan:
     stream_chunk: int = 4096
     prompt: bytes = b"def read_records(path):\n    "
     sample_bytes: int = 600
+    memory_sizes: tuple[int, ...] = ()
+    documents: int = 8
+    document_bytes: int = 0
+    scored_bytes: int = 0
 
     def stream_length(self, layers: Sequence[str]) -> int:
         """Bytes of the stream for a model of these layers."""
@@ -58,7 +64,23 @@ SMOKE = Plan(
     stream_chunk=256,
     sample_bytes=32,
 )
-
+# The document is longer than the largest memory, the two segments beside it, and what is scored.
+MEMORY = Plan(
+    model=ModelConfig(layers=("local", MEMORIZING, "local")),
+    training=TrainingConfig(stay=16),
+    memory_sizes=(0, 512, 2048, 8192, 32768),
+    document_bytes=32768 + 2 * 128 + 4096,
+    scored_bytes=4096,
+    stream_chunk=2048,
+)
+MEMORY_SMOKE = replace(
+    SMOKE,
+    model=replace(SMOKE.model, layers=("local", MEMORIZING)),
+    memory_sizes=(0, 64, 256),
+    documents=4,
+    document_bytes=256 + 2 * 16 + 64,
+    scored_bytes=64,
+)
 
 DESCRIPTION = (
     "Train a small byte-level model on the source of the Python standard library, read a long held-out text with "
@@ -93,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--smoke", action="store_true", help="the same run at tiny sizes, under ten seconds")
     add("--layer", metavar="NAME", help=f"the memory layer of the model: {', '.join(MEMORIES)} (default gdn)")
     add("--stack", metavar="SPEC", help="all layers from input to output, e.g. gdn:3,local:1")
+    add("--memory", action="store_true", help="a model with a memorizing layer, read with memories of 0 to 32K tokens")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for report and checkpoint")
     add("--seconds", type=lambda s: _number(float, s, 0.1), help="training time (default 90, smoke 1)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -118,8 +141,18 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"argument --{name}: got {value!r}; allowed are {', '.join(allowed)}")
 
 
+def plan(options: argparse.Namespace) -> Plan:
+    """The sizes of the run that was asked for."""
+    if options.memory:
+        return MEMORY_SMOKE if options.smoke else MEMORY
+    return SMOKE if options.smoke else Plan()
+
+
 def _check_layers(options: argparse.Namespace) -> None:
     chosen = [f"--{name}" for name in ("layer", "stack") if getattr(options, name) is not None]
+    if options.memory and (chosen or options.generate is not None):
+        other = chosen[0] if chosen else "--generate"
+        raise UsageError(f"--memory has a model and a report of its own: it does not go with {other}")
     if len(chosen) == 2:
         raise UsageError("--layer replaces the memory layers of the model, --stack names all layers: give one of them")
     if chosen and (options.resume is not None or options.generate is not None):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memattn.demo.checkpoint import write_atomically
+from memattn.demo.documents import SizePoint
 from memattn.demo.figure import draw, short
 from memattn.demo.results import Results
 from memattn.demo.stream import Reading
@@ -62,6 +63,8 @@ def tables(results: Results) -> Iterator[Table]:
         yield _stream(results.stream)
     if results.comparison.memory:
         yield _comparison(results)
+    if results.memory_sizes:
+        yield _memory_sizes(results.memory_sizes)
 
 
 def _about(results: Results) -> Table:
@@ -166,6 +169,21 @@ def _comparison(results: Results) -> Table:
     return Table("The same model with softmax attention", head, rows, note)
 
 
+def _memory_sizes(points: Sequence[SizePoint]) -> Table:
+    rows = []
+    for p in points:
+        less, error = p.gain(points[0])
+        gain = ("", "") if p is points[0] else (f"{less:+.3f}", "" if error is None else f"± {error:.3f}")
+        rows.append((short(p.size) if p.size else "0", f"{p.bits:.3f}", *gain, f"{p.read / p.seconds:,.0f}"))
+    note = (
+        f"The last bytes of {len(points[0].documents)} held-out files, the same for every size; each file is read from "
+        "its start, with an empty memory. One model for all rows: while it was trained, its memory filled up from "
+        "nothing again and again, so that none is not new to it."
+    )
+    head = ("memory, tokens", "bits/byte", "less than with 0", "std. error", "bytes/s")
+    return Table("Held-out bits per byte by size of the memory", head, rows, note)
+
+
 def _speed(seconds: float | None, count: int) -> str:
     return f"{count / seconds:,.0f}" if seconds else "–"
 
@@ -206,7 +224,7 @@ def _page(results: Results, png: bytes) -> str:
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>memattn demo</title>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<style>{_CSS}</style><h1>memattn demo</h1><p class='about'>{html.escape(headline(results))}</p>",
-        f"<img alt='six plots; every number is in the tables below' src='data:image/png;base64,{picture}'>",
+        f"<img alt='plots; every number is in the tables below' src='data:image/png;base64,{picture}'>",
         *(_html_table(table) for table in tables(results)),
     ]
     if results.sample is not None:

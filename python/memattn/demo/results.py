@@ -13,6 +13,7 @@ import torch
 import memattn
 from memattn.demo.checkpoint import Progress
 from memattn.demo.compare import Comparison
+from memattn.demo.documents import SizePoint
 from memattn.demo.stream import Reading
 
 
@@ -31,6 +32,7 @@ class Results:
     stream: Reading | None = None
     sample: str | None = None
     comparison: Comparison = field(default_factory=Comparison)
+    memory_sizes: list[SizePoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str | None = None
 

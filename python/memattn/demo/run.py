@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from memattn import backends
 from memattn.demo import compare as comparing
-from memattn.demo import data, report, stream, train
+from memattn.demo import data, documents, report, stream, train
+from memattn.demo import options as asked
 from memattn.demo.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from memattn.demo.figure import short
 from memattn.demo.interrupt import Stopped, StopRequest
 from memattn.demo.model import ByteModel
-from memattn.demo.options import SMOKE, Plan, UsageError, model_config, parse
+from memattn.demo.options import UsageError, model_config, parse
 from memattn.demo.results import Results, describe_machine
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -64,7 +66,7 @@ class _Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
-        plan = SMOKE if options.smoke else Plan()
+        plan = asked.plan(options)
         seconds = plan.training.seconds if options.seconds is None else options.seconds
         model = model_config(options, plan.model)
         self.plan = replace(plan, model=model, training=replace(plan.training, seconds=seconds))
@@ -89,8 +91,10 @@ class _Run:
                 print("The checkpoint was trained on another standard library: held-out text may not be new to it.")
         return trainer
 
-    def run(self) -> int:
-        phases: list[tuple[str, Callable[[StopRequest], None]]] = [
+    def _phases(self) -> list[tuple[str, Callable[[StopRequest], None]]]:
+        if self.plan.memory_sizes:
+            return [("training", self._train), ("reading documents", self._documents)]
+        return [
             ("training", self._train),
             ("measuring compressors", self._baselines),
             ("reading texts", self._rows),
@@ -98,11 +102,13 @@ class _Run:
             ("writing", self._write),
             ("comparing with softmax attention", self._compare),
         ]
+
+    def run(self) -> int:
         start, code = time.perf_counter(), 0
         self._describe()
         with StopRequest() as stop:
             try:
-                for name, phase in phases:
+                for name, phase in self._phases():
                     self.results.stopped = name
                     phase(stop)
                     stop.check()
@@ -178,6 +184,22 @@ class _Run:
         self.results.wiped_every = plan.wipe_every
         self.results.wiped = stream.mean_bits(self._reader(), pieces, plan.batch_bytes // plan.wipe_every, stop)
 
+    def _documents(self, stop: StopRequest) -> None:
+        plan = self.plan
+        texts = documents.long_documents(self.text.held_out, plan.document_bytes, plan.documents)
+        total = texts.numel() * len(plan.memory_sizes)
+        with _bar("documents", total, "{n_fmt} of {total_fmt} bytes{postfix}", unit_scale=True, postfix="") as bar:
+
+            def on_chunk(size: int, count: int) -> None:
+                bar.set_postfix_str(f"memory {short(size)}", refresh=False)
+                bar.update(count)
+
+            points = documents.by_memory_size(
+                self._reader(), texts, plan.memory_sizes, plan.scored_bytes, plan.stream_chunk, stop, on_chunk
+            )
+            for point in points:
+                self.results.memory_sizes.append(point)
+
     def _stream(self, stop: StopRequest) -> None:
         text = self._stream_text()[None]
         self.results.stream = self._read("stream", text, self.plan.stream_chunk, stop)
@@ -223,4 +245,5 @@ class _Run:
             print(f"\nWhat it writes\n{results.sample}")
         print(f"\nReport: {out / report.FILES[0]}, {out / report.FILES[1]}. Checkpoint: {out / CHECKPOINT}")
         if results.stopped:
-            print(f"Stopped while {results.stopped}. Go on: python -m memattn demo --resume {out / CHECKPOINT}")
+            again = "--memory --resume" if self.options.memory else "--resume"
+            print(f"Stopped while {results.stopped}. Go on: python -m memattn demo {again} {out / CHECKPOINT}")

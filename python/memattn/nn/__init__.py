@@ -5,6 +5,7 @@ from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.block_retrieval import BlockRetrievalState
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
+from memattn.nn.extended_mind_attention import ExtendedMindAttention, ExtendedMindState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
@@ -15,6 +16,7 @@ from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lightning_indexer_attention import IndexedCache, LightningIndexerAttention
 from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
+from memattn.nn.memorizing_attention import KNNMemory, MemorizingAttention
 from memattn.nn.memory_replay import memory_replay
 from memattn.nn.memory_tokens import MemoryTokensState
 from memattn.nn.mixture_of_block_attention import MixtureOfBlockAttention
@@ -34,6 +36,8 @@ __all__ = [
     "BlockRetrievalState",
     "DeltaNet",
     "DeltaRuleState",
+    "ExtendedMindAttention",
+    "ExtendedMindState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
@@ -43,11 +47,13 @@ __all__ = [
     "IndexedCache",
     "InfiniAttention",
     "InfiniAttentionState",
+    "KNNMemory",
     "KVCache",
     "LightningIndexerAttention",
     "Lizard",
     "LizardState",
     "Memformer",
+    "MemorizingAttention",
     "MemoryTokensState",
     "MixtureOfBlockAttention",
     "MultivariateInfiniAttention",

@@ -49,7 +49,7 @@ def choose(rows: Tensor, a: MemoryState, b: MemoryState) -> Any:
 
 
 class SegmentRecurrence(nn.Module):
-    """Base of Memformer and BlockRecurrentAttention.
+    """Base of Memformer, BlockRecurrentAttention and MemorizingAttention.
 
     Tokens become features once (`_features`), read the memory that the segments before theirs left (`_read`), and a
     segment is written (`_write`) when its last token has come: a segment of fewer tokens stays open in the state. So a
@@ -79,6 +79,11 @@ class SegmentRecurrence(nn.Module):
     def _write(self, memory: Any, features: Tensor) -> Any:
         """The memory after a whole segment [B, S, F]."""
         raise NotImplementedError
+
+    def _write_where(self, memory: Any, features: Tensor, rows: Tensor | None) -> Any:
+        """`_write` in `rows` [B] bool, the other rows as they were; None: in all."""
+        written = self._write(memory, features)
+        return written if rows is None else choose(rows, written, memory)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter again, e.g. after `to_empty` brought the layer from the meta device."""
@@ -137,8 +142,7 @@ class SegmentRecurrence(nn.Module):
             segment = z[:, start : start + size]
             outputs.append(self._read(memory, segment))
             if segment.shape[1] == size:
-                written = self._write(memory, segment)
-                memory = written if total is None else choose(total >= start + size, written, memory)
+                memory = self._write_where(memory, segment, None if total is None else total >= start + size)
         y = torch.cat(outputs, 1)
         memory = memory.clone() if memory is state.memory else memory
         return y if own is None else rows_at(y, own), SegmentState(memory, *self._remainder(z, total))
@@ -177,7 +181,7 @@ class SegmentRecurrence(nn.Module):
             filled.add_(1)
             full = filled == self.segment_len
             if not check.values_checked(full) or bool(full.any()):
-                state.memory.copy_(choose(full, self._write(state.memory, open.to(features.dtype)), state.memory))
+                state.memory.copy_(self._write_where(state.memory, open.to(features.dtype), full))
                 filled.masked_fill_(full, 0)
         return torch.cat(outputs, 1), state
 
