@@ -4,6 +4,7 @@ from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
+from memattn.nn.eviction_cache import EvictionCache
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
@@ -20,6 +21,7 @@ from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
+from memattn.nn.think_cache import ThinKCache
 from memattn.nn.transformer_xl import TransformerXL
 from memattn.nn.working_memory import WorkingMemory
 
@@ -28,6 +30,7 @@ __all__ = [
     "BlockRecurrentAttention",
     "DeltaNet",
     "DeltaRuleState",
+    "EvictionCache",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
@@ -48,6 +51,7 @@ __all__ = [
     "SlidingWindowAttention",
     "StackState",
     "SummaryTokens",
+    "ThinKCache",
     "TransformerXL",
     "WindowCache",
     "WorkingMemory",
