@@ -259,4 +259,4 @@ def test_gradients_are_refused():
 
 def test_the_page_runs():
     """The code of docs/retrieval_caches.md runs, and its assertions hold."""
-    run_page(Path(__file__).parent.parent / "docs" / "retrieval_caches.md", 1)
+    run_page(Path(__file__).parent.parent / "docs" / "retrieval_caches.md", 2)

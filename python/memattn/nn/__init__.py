@@ -8,6 +8,7 @@ from memattn.nn.eviction_cache import EvictionCache
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.hierarchical_chunk_memory import HierarchicalChunkMemory
 from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
@@ -35,6 +36,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HiddenMemory",
+    "HierarchicalChunkMemory",
     "HierarchicalMemory",
     "HybridStack",
     "InfiniAttention",
