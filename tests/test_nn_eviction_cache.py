@@ -165,6 +165,12 @@ def test_lengths_and_packed_sequences_equal_separate_ones(policy):
         assert relative_error(cache.step(q, k, v).o, expected) < 1e-12
 
 
+def test_no_sequence_is_no_error():
+    seen, cache = empty("h2o", 6, 3, 0).prefill(*draw(0, 3))
+    assert seen.o.shape == (0, 3, HQ, V) and cache.batch == 0
+    assert cache.step(*draw(0, 1)).o.shape == (0, 1, HQ, V)
+
+
 def test_states_are_cloned_reordered_reset_and_flattened():
     q, k, v = draw(2, 12)
     cache = empty("h2o", 5, 2, 2).prefill(q, k, v)[1]
@@ -259,4 +265,4 @@ def test_gradients_are_refused():
 
 def test_the_page_runs():
     """The code of docs/retrieval_caches.md runs, and its assertions hold."""
-    run_page(Path(__file__).parent.parent / "docs" / "retrieval_caches.md", 2)
+    run_page(Path(__file__).parent.parent / "docs" / "retrieval_caches.md", 3)

@@ -12,6 +12,7 @@ from memattn.nn.hierarchical_chunk_memory import HierarchicalChunkMemory
 from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
+from memattn.nn.infllm_attention import InfLLMAttention
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lizard import Lizard, LizardState
 from memattn.nn.memformer import Memformer
@@ -41,6 +42,7 @@ __all__ = [
     "HybridStack",
     "InfiniAttention",
     "InfiniAttentionState",
+    "InfLLMAttention",
     "KVCache",
     "Lizard",
     "LizardState",

@@ -97,11 +97,11 @@ class EvictionCache(MemoryState):
         flat_q, flat_k, flat_v = (x.to(self.k.dtype).reshape(1, new.total, *x.shape[2:]) for x in (q, k, v))
         slots = self.batch * self.slots
         starts = torch.arange(self.batch, device=q.device) * self.slots
-        of_new: dict[str, Any] = {"cu_seqlens_q": _with_gaps(new.bounds[:-1], new.count, new.total)}
+        of_new: dict[str, Any] = {"cu_seqlens_q": with_gaps(new.bounds[:-1], new.count, new.total)}
         of_held: dict[str, Any] = {
             **of_new,
             "causal": False,
-            "cu_seqlens_k": _with_gaps(starts, self.held, slots),
+            "cu_seqlens_k": with_gaps(starts, self.held, slots),
         }
         held_k, held_v = (x.reshape(1, -1, *x.shape[2:]) for x in (self.k, self.v))
         past = attention(flat_q, held_k, held_v, **of_held)
@@ -214,7 +214,7 @@ class EvictionCache(MemoryState):
         return tensor.new_full((), -1) if name == "positions" else super()._fresh(name, tensor)
 
 
-def _with_gaps(starts: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Bounds of 2N sequences: counts[n] tokens from starts[n] on, and what lies behind them before the next."""
+def with_gaps(starts: Tensor, counts: Tensor, total: int) -> Tensor:
+    """Bounds of 2N + 1 sequences: counts[n] tokens from starts[n] on, what lies before the next, and first nothing."""
     bounds = torch.stack([starts, starts + counts], 1).flatten()
-    return F.pad(bounds, (0, 1), value=total)
+    return torch.cat([bounds.new_zeros(1), bounds, bounds.new_full((1,), total)])
