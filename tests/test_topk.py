@@ -222,3 +222,9 @@ def test_the_code_of_the_page_runs():
     scope: dict = {}
     for block in page.split("```python\n")[1:]:
         exec(compile(block.split("```")[0], "docs/topk.md", "exec"), scope)
+
+
+def test_one_row_of_lengths_for_several_heads():
+    """Lengths [1] of scores [1, H, N]: an expanded row is not contiguous, though its flat form keeps one stride."""
+    scores = torch.arange(12.0).view(1, 2, 6)
+    assert topk(scores, 2, lengths=torch.tensor([4])).indices.tolist() == [[[2, 3], [2, 3]]]

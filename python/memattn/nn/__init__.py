@@ -5,13 +5,16 @@ from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.block_retrieval import BlockRetrievalState
 from memattn.nn.delta_net import DeltaNet
 from memattn.nn.delta_rule_layer import DeltaRuleState
+from memattn.nn.eviction_cache import EvictionCache
 from memattn.nn.extended_mind_attention import ExtendedMindAttention, ExtendedMindState
 from memattn.nn.forgetting_attention import ForgettingAttention
 from memattn.nn.gated_delta_net import GatedDeltaNet
 from memattn.nn.gated_rms_norm import GatedRMSNorm
+from memattn.nn.hierarchical_chunk_memory import HierarchicalChunkMemory
 from memattn.nn.hierarchical_memory import HierarchicalMemory
 from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
+from memattn.nn.infllm_attention import InfLLMAttention
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lightning_indexer_attention import IndexedCache, LightningIndexerAttention
 from memattn.nn.lizard import Lizard, LizardState
@@ -27,6 +30,7 @@ from memattn.nn.rat import RAT, RATPlus
 from memattn.nn.recurrent_memory import RecurrentMemory
 from memattn.nn.sliding_window_attention import SlidingWindowAttention
 from memattn.nn.summary_tokens import SummaryTokens
+from memattn.nn.think_cache import ThinKCache
 from memattn.nn.transformer_xl import TransformerXL
 from memattn.nn.working_memory import WorkingMemory
 
@@ -36,15 +40,18 @@ __all__ = [
     "BlockRetrievalState",
     "DeltaNet",
     "DeltaRuleState",
+    "EvictionCache",
     "ExtendedMindAttention",
     "ExtendedMindState",
     "ForgettingAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
     "HiddenMemory",
+    "HierarchicalChunkMemory",
     "HierarchicalMemory",
     "HybridStack",
     "IndexedCache",
+    "InfLLMAttention",
     "InfiniAttention",
     "InfiniAttentionState",
     "KNNMemory",
@@ -65,6 +72,7 @@ __all__ = [
     "SlidingWindowAttention",
     "StackState",
     "SummaryTokens",
+    "ThinKCache",
     "TransformerXL",
     "WindowCache",
     "WorkingMemory",

@@ -57,11 +57,17 @@ class NewRows:
         self.span = self.bounds.diff()  # [N], padding included
         self.count = self.span if lengths is None else lengths.long()  # [N]
 
+    def rows(self) -> Tensor:
+        """[B, T] sequence of every new token."""
+        token = torch.arange(self.total, device=self.bounds.device)
+        row = torch.searchsorted(self.bounds[1:], token, right=True).clamp(max=max(len(self.bounds) - 2, 0))
+        return row.view(self.batch, self.longest)
+
     def positions(self, before: Tensor) -> Tensor:
         """[B, T] position of every new token in rows that hold `before` [N] tokens."""
-        token = torch.arange(self.total, device=before.device)
-        row = torch.searchsorted(self.bounds[1:], token, right=True).clamp(max=max(len(before) - 1, 0))
-        return (token - self.bounds[row] + before[row]).view(self.batch, self.longest)
+        row = self.rows()
+        token = torch.arange(self.total, device=before.device).view_as(row)
+        return token - self.bounds[row] + before[row]
 
     def cumulated(self, steps: Tensor, before: Tensor) -> Tensor:
         """Sums of steps [B, T, H] over the tokens of each sequence, from `before` [N, H] on: float64, like it.

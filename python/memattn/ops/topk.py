@@ -91,7 +91,7 @@ def _check_page_table(page_table, scores, page_size):
 def _cpu(scores, k, *, lengths, threshold, sorted):
     rows = scores.shape[:-1]
     if lengths is not None:
-        lengths = broadcast_lengths(lengths, scores).reshape(-1)
+        lengths = broadcast_lengths(lengths, scores).reshape(-1).contiguous()
     flat = scores.detach().reshape(math.prod(rows), scores.shape[-1])
     least = -math.inf if threshold is None else float(threshold)
     values, indices, counts = _CPU(*check.contiguous(flat), k, lengths, least, sorted)
