@@ -17,7 +17,8 @@ CEILING = 600
 
 # room -> rooms of memattn it may import from; a room is the part after "memattn."
 MAY_IMPORT = {
-    "nn": {"nn", "ops", "state"},
+    "nn": {"nn", "ops", "pool", "state"},
+    "pool": {"_native", "ops", "pool"},
     "ops": {
         "_native",
         "backends",

@@ -15,5 +15,6 @@ if not (Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_d
 
 from memattn import ops  # noqa: E402
 from memattn.backends import BackendError, use_backend  # noqa: E402
+from memattn.pool import KVPool  # noqa: E402
 
-__all__ = ["BackendError", "ops", "use_backend"]
+__all__ = ["BackendError", "KVPool", "ops", "use_backend"]

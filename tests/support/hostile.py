@@ -482,9 +482,18 @@ def joining(draw: Draw) -> Iterator[Call]:
     yield backward_of(combine, draw, ("",), {"dy": 0})
 
 
+def copying(draw: Draw) -> Iterator[Call]:
+    rows, slots, shape = draw.one_of((1, 3, 9)), draw.one_of((1, 4, 8)), draw.one_of(((2, 16), (3,), (64, 2, 33)))
+    count = draw.one_of((0, 1, slots))
+    yield Call("gather_copy_cpu", {
+        "source": draw.normal(rows, *shape), "sources": torch.randint(rows, (count,), generator=draw.noise),
+        "target": draw.normal(slots, *shape), "targets": torch.randperm(slots, generator=draw.noise)[:count],
+    }, frozenset({("source", 0), ("target", 0)}))  # fmt: skip
+
+
 FAMILIES = (
     delta_rule, linear, convolution, scan, softmax, mass, decode, rat, segments, slots, joining, selection, nearest,
-    summarised, listed,
+    summarised, listed, copying,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from memattn.ops.block_summary import BlockSummary, block_summary
 from memattn.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from memattn.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from memattn.ops.gated_scan import gated_scan, gated_scan_step
+from memattn.ops.gather_copy import gather_copy
 from memattn.ops.knn_attention import KNNAttention, knn, knn_attention
 from memattn.ops.linear_attention import linear_attention, linear_attention_step
 from memattn.ops.memory_recall import memory_recall
@@ -41,6 +42,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_scan",
     "gated_scan_step",
+    "gather_copy",
     "knn",
     "knn_attention",
     "linear_attention",
