@@ -40,6 +40,7 @@ OPS = (
     "knn",
     "block_summary",
     "block_scores",
+    "block_retrieval",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,19 +74,22 @@ class Entry:
     mutated: Mapping[str, tuple[str, ...]]  # mode: inputs the call may change
     peers: tuple[str, ...]
     goals: Mapping[tuple[str, str, str], float]  # (mode, dtype, case name) -> times faster than transformers
+    parts: tuple[str, ...] = ()  # of an entry that is several ops, one after the other: their names
 
-    def _name(self, mode: str) -> str:
-        """The public op that `mode` calls."""
-        return f"{self.op}_step" if mode == "step" else self.op
+    def _names(self, mode: str) -> tuple[str, ...]:
+        """The public ops that `mode` calls."""
+        return self.parts or (f"{self.op}_step" if mode == "step" else self.op,)
 
     def backends(self, mode: str) -> tuple[str, ...]:
-        """The backends that have this op."""
-        return tuple(backends.registry()[self._name(mode)])
+        """The backends that have this op, or all of its parts."""
+        first, *others = (backends.registry()[name] for name in self._names(mode))
+        return tuple(name for name in first if all(name in other for other in others))
 
     def why_not(self, mode: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
         """Reasons why `backend` cannot be timed here."""
         features = frozenset({"backward"}) if mode == "fwdbwd" else frozenset()
-        return backends.why_not(self._name(mode), backend, backends.Request(device, dtype, features=features))
+        request = backends.Request(device, dtype, features=features)
+        return [reason for name in self._names(mode) for reason in backends.why_not(name, backend, request)]
 
 
 def load(op: str) -> Entry:

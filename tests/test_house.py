@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
-    for folder in ("csrc", "kernels", "python", "tests", "bench")
+    for folder in ("csrc", "kernels", "python", "tests", "bench", "examples")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"} and "build" not in path.parts
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.compare import Candidate
+from bench.peers.torch_sdpa import gathered
 from bench.registry import Inputs, Results
 
 
@@ -37,10 +38,18 @@ def scores(given: Inputs) -> Results:
     return {"o": s.amax(3)}
 
 
+def retrieval(given: Inputs) -> Results:
+    """Scores, torch.topk, a copy of the selected tokens, attention to them."""
+    scored = scores({"q": given["q"], "r": given["r"], "kind": "dot"})["o"]
+    return gathered({**given, "indices": scored.topk(given["entries"], -1).indices})
+
+
 def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Candidate | tuple[str, str]]:
     """torch itself. `wheel` is another peer's."""
     if op == "block_scores":
         return [Candidate("torch einsum", torch.__version__, scores)]
+    if op == "block_retrieval":
+        return [Candidate("torch einsum, topk, gather, SDPA", torch.__version__, retrieval)]
     if op != "block_summary":
         return []
     from bench.ops.block_summary import run

@@ -1,6 +1,7 @@
 """torch's scaled_dot_product_attention, in its own layout: the transposes of q, k and v are views.
 
-To RAT and to sparse attention it is what they stand in for: (causal) attention over all tokens, another function.
+To RAT, sparse attention and block retrieval it is what they stand in for: (causal) attention over all tokens, another
+function.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def over_everything(mode: str, given: Inputs) -> Results:
     return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
 
+def heads_first(given: Inputs) -> Results:
+    """One query over a cache in the layout that suits torch best, the heads of a group as rows; tensors of its own."""
+    (_, _, heads, dim), (_, tokens, key_heads, _), q = given["q"].shape, given["k"].shape, given["q"]
+    q, k, v, _ = _of_equal_width((1, heads // key_heads, key_heads, dim), q.dtype, q.device, tokens)
+    with torch.no_grad():
+        return {"o": F.scaled_dot_product_attention(q, k, v)}
+
+
 def gathered(given: Inputs) -> Results:
     """The listed tokens of one query copied together, then attention to them."""
     q, k, v, blocks, unit = (given[n] for n in ("q", "k", "v", "indices", "unit"))
@@ -96,6 +105,12 @@ def candidates(op: str, mode: str, device: str, wheel: Path | None) -> list[Cand
         call = partial(over_everything, mode)
         everything = Candidate("torch SDPA over everything", torch.__version__, call, judged=False)
         return [everything] + ([Candidate("torch gather + SDPA", torch.__version__, gathered)] if mode == "fwd" else [])
+    if op == "block_retrieval":
+        calls = {"": partial(over_everything, mode), ", heads first": heads_first}
+        return [
+            Candidate(f"torch SDPA over everything{layout}", torch.__version__, call, judged=False)
+            for layout, call in calls.items()
+        ]
     if op != "attention":
         return []
     from bench.ops.attention import runner

@@ -474,8 +474,7 @@ def copying(draw: Draw) -> Iterator[Call]:
 
 FAMILIES = (
     delta_rule, linear, convolution, scan, softmax, mass, decode, rat, segments, joining, selection, nearest,
-    summarised, listed,
-    copying,
+    summarised, listed, copying,
 )  # fmt: skip
 
 
