@@ -13,6 +13,7 @@ from memattn.nn.hybrid_stack import HybridStack, StackState
 from memattn.nn.infini_attention import InfiniAttention, InfiniAttentionState
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lizard import Lizard, LizardState
+from memattn.nn.long_mem_attention import LongMem, LongMemAttention
 from memattn.nn.memformer import Memformer
 from memattn.nn.memorizing_attention import KNNMemory, MemorizingAttention
 from memattn.nn.memory_replay import memory_replay
@@ -44,6 +45,8 @@ __all__ = [
     "KVCache",
     "Lizard",
     "LizardState",
+    "LongMem",
+    "LongMemAttention",
     "Memformer",
     "MemorizingAttention",
     "MemoryTokensState",
