@@ -229,4 +229,4 @@ def test_bad_settings(settings, message):
 
 
 def test_the_page_runs():
-    layers.run_page(Path(__file__).parent.parent / "docs" / "memorizing_attention.md", blocks=3)
+    layers.run_page(Path(__file__).parent.parent / "docs" / "memorizing_attention.md", blocks=4)

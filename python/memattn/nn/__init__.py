@@ -18,6 +18,7 @@ from memattn.nn.infllm_attention import InfLLMAttention
 from memattn.nn.kv_cache import HiddenMemory, KVCache, WindowCache
 from memattn.nn.lightning_indexer_attention import IndexedCache, LightningIndexerAttention
 from memattn.nn.lizard import Lizard, LizardState
+from memattn.nn.long_mem_attention import LongMem, LongMemAttention
 from memattn.nn.memformer import Memformer
 from memattn.nn.memorizing_attention import KNNMemory, MemorizingAttention
 from memattn.nn.memory_replay import memory_replay
@@ -59,6 +60,8 @@ __all__ = [
     "LightningIndexerAttention",
     "Lizard",
     "LizardState",
+    "LongMem",
+    "LongMemAttention",
     "Memformer",
     "MemorizingAttention",
     "MemoryTokensState",

@@ -154,7 +154,7 @@ class MemorizingAttention(SegmentRecurrence, AttentionLayer):
             )
         return self.memory_size // self.segment_len
 
-    def _empty(self, batch: int, like: Tensor) -> KNNMemory:
+    def _empty(self, batch: int, like: Tensor) -> Any:
         def zeros(tokens: int) -> Tensor:
             return like.new_zeros(batch, tokens, self.num_kv_heads, self.head_dim)
 
@@ -187,7 +187,15 @@ class MemorizingAttention(SegmentRecurrence, AttentionLayer):
         position = torch.arange(x.shape[1], device=x.device) + (first[:, None] if isinstance(first, Tensor) else first)
         return rotary(x, position, self.rope_base)
 
-    def _read(self, memory: KNNMemory, features: Tensor) -> Tensor:
+    def _read(self, memory: Any, features: Tensor) -> Tensor:
+        return self._joined(memory, self._of_heads(features)[0], self._local(memory, features))
+
+    def _read_token(self, memory: Any, open: Tensor, filled: Tensor) -> Tensor:
+        token = open.gather(1, filled[:, None, None].expand(-1, -1, open.shape[2]))
+        return self._joined(memory, self._of_heads(token)[0], self._local_token(memory, open, filled))
+
+    def _local(self, memory: KNNMemory, features: Tensor) -> AttentionOutput:
+        """Attention of a segment from its start to itself and to the segment before."""
         (q, k, v), size = self._of_heads(features), self.segment_len
         turned = self._rotated(q, size)
         keys, values = self._rotated(memory.recent_k.to(q.dtype), 0), memory.recent_v.to(q.dtype)
@@ -195,10 +203,10 @@ class MemorizingAttention(SegmentRecurrence, AttentionLayer):
         before = attention(turned, keys, values, causal=False, **settings)
         nothing = (memory.written == 0)[:, None, None]
         before = AttentionOutput(before.o, before.lse.masked_fill(nothing, -torch.inf))
-        local = attention(turned, self._rotated(k, size), v, merge=before, **settings)
-        return self._joined(memory, q, local)
+        return attention(turned, self._rotated(k, size), v, merge=before, **settings)
 
-    def _read_token(self, memory: KNNMemory, open: Tensor, filled: Tensor) -> Tensor:
+    def _local_token(self, memory: KNNMemory, open: Tensor, filled: Tensor) -> AttentionOutput:
+        """`_local` of token filled[b] alone."""
         _, k, v = self._of_heads(open)
         q, _, _ = self._of_heads(open.gather(1, filled[:, None, None].expand(-1, -1, open.shape[2])))
         turned, size = self._rotated(q, filled + self.segment_len), self.segment_len
@@ -208,7 +216,7 @@ class MemorizingAttention(SegmentRecurrence, AttentionLayer):
         keys, values = self._rotated(memory.recent_k.to(q.dtype), 0), memory.recent_v.to(q.dtype)
         held = torch.where(memory.written > 0, size, 0)
         before = attention_decode(turned, keys, values, cache_seqlens=held, **settings)
-        return self._joined(memory, q, merge_states(*zip(own, before, strict=True), backend=self.backend))
+        return merge_states(*zip(own, before, strict=True), backend=self.backend)
 
     def _joined(self, memory: KNNMemory, q: Tensor, local: AttentionOutput) -> Tensor:
         """y [B, t, embed_dim] of the local part and of what q finds in the memory."""
@@ -237,7 +245,7 @@ class MemorizingAttention(SegmentRecurrence, AttentionLayer):
         y, after = super()._run(features, own, lengths)
         return y, after.detach()
 
-    def _write_where(self, memory: KNNMemory, features: Tensor, rows: Tensor | None) -> KNNMemory:
+    def _write_where(self, memory: Any, features: Tensor, rows: Tensor | None) -> Any:
         _, k, v = self._of_heads(features)
         return memory.push_(k, v, rows)
 

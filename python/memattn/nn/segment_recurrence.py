@@ -168,9 +168,11 @@ class SegmentRecurrence(nn.Module):
         compiled, every token pays for a write whose result is kept where that is so, since nobody waits for the device.
         """
         check_step(self, x, state, SegmentState)
+        return self._step(x, self._features(x), state)
+
+    def _step(self, x: Tensor, features: Tensor, state: SegmentState) -> tuple[Tensor, SegmentState]:
         name = type(self).__name__
         check.inference_only(f"{name}.step", f"{name}.forward", x, *self.parameters())
-        features = self._features(x)
         if state.open is None or state.filled is None:
             state.open = features.new_zeros(x.shape[0], self.segment_len, self.feature_dim)
             state.filled = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
