@@ -1,4 +1,7 @@
-"""InfLLMAttention: its definition as a loop over queries, dense attention as its limit, and what layers promise."""
+"""InfLLMAttention and ActQKVAttention: their definition as a loop over queries, their limit, what layers promise."""
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from support import layers
 from support.compare import relative_error
 from support.layers import Lacks, Subject
 
-from memattn.nn import InfLLMAttention
+from memattn.nn import ActQKVAttention, InfLLMAttention
 from memattn.nn.rotary import rotary
 from memattn.ops import attention
 
@@ -14,9 +17,9 @@ EMBED = 64
 SMALL = {"window": 5, "num_sinks": 2, "block_size": 2, "top_blocks": 2, "representatives": 1}
 
 
-def make(**settings):
+def make(kind=InfLLMAttention, **settings):
     settings = {**SMALL, "head_dim": 16, "num_kv_heads": 2, "query_chunk": 1, **settings}
-    return lambda **kw: InfLLMAttention(EMBED, 4, **settings, **kw)
+    return lambda **kw: kind(EMBED, 4, **settings, **kw)
 
 
 SUBJECT = Subject(
@@ -40,6 +43,26 @@ def test_promises(check):
     layers.run(check, SUBJECT)
 
 
+def probe(asking):
+    """Σ w_i q_i with weights by the distance from the mean, query by query."""
+    apart = [float((query - asking.mean(0)).square().sum()) for query in asking]
+    if sum(apart) == 0:
+        return asking.mean(0)
+    return sum(w / sum(apart) * query for w, query in zip(apart, asking, strict=True))
+
+
+def cut(layer, scores, chosen):
+    """The first of `chosen`, best first, that together hold the layer's density of the softmax over all scores."""
+    logits = {b: score / layer.num_heads / layer.head_dim**0.5 for b, score in scores.items()}
+    total, kept, sum_kept = sum(math.exp(s) for s in logits.values()), [], 0.0
+    for b in chosen:
+        if layer.density < 1 and sum_kept >= layer.density:
+            break
+        kept.append(b)
+        sum_kept += math.exp(logits[b]) / total
+    return kept
+
+
 def defined(layer, x):
     """y [T, embed_dim] of one sequence in one call, query by query over lists of tokens."""
     q, k, v = (y[0] for y in layer._heads(x[None]))
@@ -51,7 +74,8 @@ def defined(layer, x):
     for start in range(0, tokens, layer.query_chunk):
         chunk = range(start, min(start + layer.query_chunk, tokens))
         gone = max(start - window + 1, 0) // size
-        mean = torch.stack([turn(q[i], angle(i)) for i in chunk]).mean(0)
+        asking = torch.stack([turn(q[i], angle(i)) for i in chunk])
+        mean = probe(asking) if isinstance(layer, ActQKVAttention) else asking.mean(0)
         scores = {}
         for b in range(sinks // size, gone):
             score = 0.0
@@ -61,6 +85,8 @@ def defined(layer, x):
                 score += float(mean[h] @ k[best, g].mean(0))
             scores[b] = score
         chosen = sorted(scores, key=lambda b: -scores[b])[: layer.top_blocks]
+        if isinstance(layer, ActQKVAttention):
+            chosen = cut(layer, scores, chosen)
         added = torch.zeros_like(mass)
         for i in chunk:
             near = range(max(i - window + 1, 0), i + 1)
@@ -89,6 +115,35 @@ def test_equals_its_definition(remote_positions, query_chunk, size):
     x = 3 * layers.draw(1, 31, EMBED, dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(layer(x)[0], defined(layer, x[0])) < 1e-12
+
+
+@pytest.mark.parametrize("query_chunk, density", [(1, 0.5), (4, 0.3), (5, 0.9), (4, 1.0)])
+def test_probe_and_cut_off_equal_their_definition(query_chunk, density):
+    torch.manual_seed(0)
+    layer = make(ActQKVAttention, query_chunk=query_chunk, top_blocks=6, density=density)(dtype=torch.float64)
+    x = 3 * layers.draw(1, 31, EMBED, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        assert relative_error(y[0], defined(layer, x[0])) < 1e-12
+        uncut = make(ActQKVAttention, query_chunk=query_chunk, top_blocks=6, density=1.0)(dtype=torch.float64)
+        uncut.load_state_dict(layer.state_dict())
+        assert torch.equal(y, uncut(x)) == (density == 1), "the cut-off did something"
+
+
+@pytest.mark.parametrize(
+    "check", ["prefill_then_step_equals_one_call", "padded_rows_equal_their_runs_alone", "no_sequence_is_no_error"]
+)
+def test_promises_of_actqkv(check):
+    layers.run(check, replace(SUBJECT, make=make(ActQKVAttention, density=0.6, top_blocks=4)))
+
+
+def test_a_flat_layer_reads_more_blocks_than_a_sharp_one():
+    layer = make(ActQKVAttention, top_blocks=8, density=0.9)()
+    flat, sharp = torch.zeros(1, 20), torch.zeros(1, 20)
+    sharp[0, 7] = 1000.0
+    none = torch.full((1, 20), -torch.inf)
+    counts = [int((layer._choose(scores) >= 0).sum()) for scores in (flat, sharp, none)]
+    assert counts == [8, 1, 0] and layer._choose(sharp).max() == 7
 
 
 @pytest.mark.parametrize("query_chunk", [1, 4, 100])
@@ -129,3 +184,5 @@ def test_a_needle_is_found_at_every_depth():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)()
+    with pytest.raises(ValueError, match="density is 0; expected in"):
+        make(ActQKVAttention, density=0)()

@@ -1,5 +1,6 @@
 """Memories as torch.nn modules: parameters, projections and state. The arithmetic is in `memattn.ops`."""
 
+from memattn.nn.actqkv_attention import ActQKVAttention
 from memattn.nn.associative_memory import AssociativeRecurrentMemory
 from memattn.nn.block_recurrent import BlockRecurrentAttention
 from memattn.nn.block_retrieval import BlockRetrievalState
@@ -36,6 +37,7 @@ from memattn.nn.transformer_xl import TransformerXL
 from memattn.nn.working_memory import WorkingMemory
 
 __all__ = [
+    "ActQKVAttention",
     "AssociativeRecurrentMemory",
     "BlockRecurrentAttention",
     "BlockRetrievalState",

@@ -237,15 +237,12 @@ class InfLLMAttention(AttentionLayer):
     def _lists(self, q: Tensor, there: Tensor, start: Tensor, memory: BlockMemoryState) -> Tensor:
         """int32 [N, c, 1, n]: the first blocks, the chosen ones, and those that are leaving the window."""
         size, sinks, blocks = self.block_size, self.num_sinks // self.block_size, memory.representative.shape[1]
-        mean = torch.where(there[..., None, None], q, 0).sum(1, keepdim=True) / there.sum(1).clamp(min=1)[
-            :, None, None, None
-        ].to(q.dtype)
+        probe = self._probe(torch.where(there[..., None, None], q, 0), there)
         scores = block_scores(
-            mean, memory.representative.to(q.dtype), over="heads", counts=memory.finished.clamp(max=blocks)
+            probe, memory.representative.to(q.dtype), over="heads", counts=memory.finished.clamp(max=blocks)
         )
         block = torch.arange(blocks, device=q.device)
-        scores = scores.masked_fill(block < sinks, -torch.inf)[:, 0, 0]
-        chosen = topk(scores, min(self.top_blocks, blocks)).indices  # [N, n]
+        chosen = self._choose(scores.masked_fill(block < sinks, -torch.inf)[:, 0, 0])
         first = torch.arange(sinks, device=q.device).expand(len(start), -1)
         late = memory.finished[:, None] + torch.arange(q.shape[1] // size + 2, device=q.device)
         last = (start + q.shape[1] - 1 - self.window)[:, None]
@@ -254,6 +251,14 @@ class InfLLMAttention(AttentionLayer):
         limit = -(-memory.cache.capacity // size)
         lists = torch.cat([first.int(), chosen, torch.where(late < limit, late, -1).int()], 1)
         return lists[:, None, None].expand(-1, q.shape[1], -1, -1).contiguous()
+
+    def _probe(self, q: Tensor, there: Tensor) -> Tensor:
+        """The query [N, 1, HQ, D] that stands for a chunk's q [N, c, HQ, D], 0 where there [N, c] is none."""
+        return q.sum(1, keepdim=True) / there.sum(1).clamp(min=1).to(q.dtype)[:, None, None, None]
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """int32 [N, n]: the blocks to read by their scores [N, blocks], −inf where there is none; −1 for none."""
+        return topk(scores, min(self.top_blocks, scores.shape[1])).indices
 
     def extra_repr(self) -> str:
         return (
