@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import fresh, lengths, machine, registry, report, roofline, run, tables  # noqa: E402
+from bench import fresh, lengths, machine, registry, report, retrieval, roofline, run, tables  # noqa: E402
 from bench.compare import Candidate, Gate, Race  # noqa: E402
 from bench.contest import Choice, contests  # noqa: E402
 from bench.ops import gated_delta_rule as entry  # noqa: E402
@@ -414,12 +414,19 @@ def test_a_gpu_that_is_not_there_is_one_clear_message(capsys):
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
 
 
-def test_the_page_of_lengths_is_that_of_its_results():
-    files = sorted(lengths.RESULTS.glob("*.json"))
+@pytest.mark.parametrize("module, name", [(lengths, "lengths"), (retrieval, "retrieval")])
+def test_the_pages_against_size_are_those_of_their_results(module, name):
+    files = sorted(module.RESULTS.glob("*.json"))
     assert files
-    assert lengths.PAGE.read_text() == lengths.page(files), "python bench/lengths.py page"
+    assert module.PAGE.read_text() == module.page(files), f"python bench/{name}.py page"
     for file in files:
-        assert (lengths.PAGE.parent / f"lengths_{file.stem}.png").stat().st_size > 10_000
+        assert (module.PAGE.parent / f"{name}_{file.stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("dtype", retrieval.DTYPES)
+def test_every_way_of_retrieval_has_a_time(dtype):
+    rows = list(retrieval.points(2048, dtype, 0))
+    assert [row["name"] for row in rows] == list(retrieval.candidates()) and all(row["ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", lengths.layers())
