@@ -35,13 +35,13 @@ LAYERS = {
 }
 # Layer, what is there, what is put in its place, and the check that has to fail ("published": against the formula).
 BUGS = {
-    "written one token early": ("Memformer", "total >= start + size, written", "total >= start + size - 1, written", "test_three_calls_equal_one"),
-    "a segment that ends with the call not written": ("Memformer", "total >= start + size, written", "total > start + size, written", "test_three_calls_equal_one"),
+    "written one token early": ("Memformer", "else total >= start + size)", "else total >= start + size - 1)", "test_three_calls_equal_one"),
+    "a segment that ends with the call not written": ("Memformer", "else total >= start + size)", "else total > start + size)", "test_three_calls_equal_one"),
     "open segment one short": ("Memformer", "filled = total.remainder(size)", "filled = (total - 1).clamp(min=0).remainder(size)", "two_calls_equal_one"),
     "outputs of the open tokens": ("Memformer", "device=features.device) + state.filled[:, None]", "device=features.device) + 0 * state.filled[:, None]", "two_calls_equal_one"),
     "padding fills the segment": ("Memformer", "(tokens if lengths is None else lengths)", "tokens", "padded_rows_equal_their_runs_alone"),
     "step forgets to write": ("Memformer", "filled.masked_fill_(full, 0)", "pass", "prefill_then_step_equals_one_call"),
-    "step writes every row": ("Memformer", "choose(full, self._write", "choose(full | True, self._write", "test_rows_of_a_step_are_written_apart"),
+    "step writes every row": ("Memformer", "open.to(features.dtype), full))", "open.to(features.dtype), full | True))", "test_rows_of_a_step_are_written_apart"),
     "segment written before it is read": ("Memformer", "outputs.append(self._read(memory, segment))", "outputs.append(self._read(self._write(memory, segment) if segment.shape[1] == size else memory, segment))", "published"),
     "initial slots never left": ("Memformer", "(self.written == 0)[:, None, None]", "(self.written >= 0)[:, None, None]", "the_state_matters"),
     "tau ignored": ("Memformer", "tau=self.tau, backend", "backend", "published"),
